@@ -1,0 +1,22 @@
+"""mmprotune: Pro-tuning of frozen vision backbones for OpenMMLab.
+
+Pro-tuning: Unified Prompt Tuning for Vision Tasks, https://arxiv.org/abs/2207.14381.
+Importing the package registers its components with MMEngine; a config that names
+``type='mmprotune.…'`` imports it by itself.
+"""
+from .version import __version__, check_environment
+
+check_environment()
+
+from . import checkpoint  # noqa: E402
+from .engine.hooks import FreezeGuardHook, PromptCheckpointHook, PromptStatsHook  # noqa: E402
+from .frozen import FrozenSnapshot, FrozenTensorsChanged, audit  # noqa: E402
+from .models import PromptBlock, PromptedBackbone, protune  # noqa: E402
+
+checkpoint.register()
+
+__all__ = [
+    'FreezeGuardHook', 'FrozenSnapshot', 'FrozenTensorsChanged', 'PromptBlock',
+    'PromptCheckpointHook', 'PromptStatsHook', 'PromptedBackbone', '__version__', 'audit',
+    'checkpoint', 'protune'
+]

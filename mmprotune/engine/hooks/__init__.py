@@ -1,0 +1,5 @@
+from .freeze_guard_hook import FreezeGuardHook
+from .prompt_checkpoint_hook import PromptCheckpointHook
+from .prompt_stats_hook import PromptStatsHook
+
+__all__ = ['FreezeGuardHook', 'PromptCheckpointHook', 'PromptStatsHook']

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import is_model_wrapper
+from torch import Tensor
+
+from mmprotune import safe_io
+from mmprotune.checkpoint import IncompleteCheckpoint, describe_model, problems
+from mmprotune.registry import HOOKS
+
+
+@HOOKS.register_module()
+class PromptCheckpointHook(Hook):
+    """Makes the Runner's ordinary checkpoints slim, safe and whole.
+
+    It saves nothing itself. What ``CheckpointHook`` saves becomes tensors and plain types, which
+    load under ``weights_only=True``, with a description of the prompted backbone in
+    ``meta['mmprotune']``; local files are written whole or not at all; the states of the random
+    generators go in, so that a resumed run (without persistent workers) goes on as the
+    uninterrupted one would have.
+
+    Args:
+        strict (bool): Whether a prompted checkpoint must fill the whole model, head included,
+            before any of it is loaded. False leaves the head to MMEngine's warnings (other
+            classes, another head). Defaults to True.
+        atomic (bool): Whether local checkpoints are written whole or not at all. Defaults to True.
+        save_random_state (bool): Whether the random generators are saved and, on resuming, set.
+            Defaults to True.
+    """
+
+    # First, so that a checkpoint is checked before any other hook uses it.
+    priority = 'VERY_HIGH'
+
+    def __init__(self, strict: bool = True, atomic: bool = True,
+                 save_random_state: bool = True) -> None:
+        self.strict = strict
+        self.atomic = atomic
+        self.save_random_state = save_random_state
+        self._resumed: dict | None = None
+        self._before_val: dict | None = None
+
+    def before_run(self, runner) -> None:
+        if not self.atomic:
+            return
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook) and hook.backend_args is None and \
+                    hook.file_client_args is None and '://' not in str(hook.out_dir or ''):
+                hook.backend_args = dict(backend=safe_io.BACKEND)
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        checkpoint['meta']['mmprotune'] = describe_model(model)
+        if self.save_random_state:
+            checkpoint['random_state'] = self._before_val or _random_state()
+        for key, value in checkpoint.items():
+            if not key.endswith('state_dict'):  # tensors only, with PyTorch's own metadata
+                checkpoint[key] = safe_io.to_plain(value, key)
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        for key, value in checkpoint.items():
+            if not key.endswith('state_dict') and not isinstance(value, Tensor):
+                checkpoint[key] = safe_io.from_plain(value)
+        if self.strict and isinstance(checkpoint.get('state_dict'), dict):
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            problem = problems(model, checkpoint['state_dict'])
+            if problem is not None:
+                raise IncompleteCheckpoint(
+                    f'{problem}. Nothing was loaded; '
+                    "dict(type='mmprotune.PromptCheckpointHook', strict=False) loads what fits")
+        if self.save_random_state and getattr(runner, '_resume', False):
+            self._resumed = checkpoint.get('random_state')
+
+    def before_train_epoch(self, runner) -> None:
+        if self._resumed is not None:
+            _set_random_state(self._resumed)
+            self._resumed = None
+            # The loader was built before the checkpoint's seed was known; the order of the images
+            # goes by it.
+            loader = runner.train_dataloader
+            for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+                if hasattr(sampler, 'seed'):
+                    sampler.seed = runner.seed
+
+    # Validation draws random numbers too. Training goes on as if it had not, so that a run
+    # resumed from the checkpoint saved before it sees the same ones.
+    def before_val(self, runner) -> None:
+        if self.save_random_state:
+            self._before_val = _random_state()
+
+    def after_val(self, runner) -> None:
+        if self._before_val is not None:
+            _set_random_state(self._before_val)
+            self._before_val = None
+
+
+def _random_state() -> dict:
+    """States of Python's, NumPy's and PyTorch's generators, as tensors and plain types."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state = dict(
+        python=(version, tuple(internal), gauss),
+        numpy=(kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        torch=torch.get_rng_state())
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: dict) -> None:
+    version, internal, gauss = state['python']
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state['numpy']
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state['torch'].cpu())
+    if 'cuda' in state and len(state['cuda']) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])

@@ -1,0 +1,15 @@
+from .fingerprint import digest_tensors, fingerprint
+from .freeze import (
+                     FillRecorder,
+                     FrozenSnapshot,
+                     FrozenTensorsChanged,
+                     audit,
+                     freeze,
+                     frozen_tensors,
+                     keep_frozen_in_eval,
+)
+
+__all__ = [
+    'FillRecorder', 'FrozenSnapshot', 'FrozenTensorsChanged', 'audit', 'digest_tensors',
+    'fingerprint', 'freeze', 'frozen_tensors', 'keep_frozen_in_eval'
+]

@@ -1,0 +1,248 @@
+"""Freezing as a guarantee: freeze, keep in eval mode, and audit.
+
+Nothing here knows the hosts: any ``nn.Module`` can be frozen.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from .fingerprint import digest_tensors
+
+# Counters that newer PyTorch versions added to BatchNorm; older files do not hold them.
+OPTIONAL_BUFFERS = ('num_batches_tracked', )
+
+
+class FrozenTensorsChanged(RuntimeError):
+    """A tensor declared frozen is not what it was, or is set up to change."""
+
+
+class FillRecorder:
+    """Records which parameters and buffers of a module a state dict fills.
+
+    Works for every way of loading that goes through ``_load_from_state_dict``: PyTorch's
+    ``load_state_dict``, MMEngine's, and what the backbones' own ``init_weights`` do with either.
+
+    Args:
+        module (nn.Module): The module whose loading is watched.
+
+    Attributes:
+        filled (set[str]): Dotted names that a matching tensor was found for.
+        file_keys (list[str]): Keys of the last state dict that came, in its order.
+        loads (int): How many state dicts came.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.filled: set[str] = set()
+        self.file_keys: list[str] = []
+        self.loads = 0
+        self._handles: list = []
+
+    def __enter__(self) -> FillRecorder:
+        for path, module in self.module.named_modules():
+            self._handles.append(
+                module._register_load_state_dict_pre_hook(self._hook(path, module)))
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, path: str, module: nn.Module):
+        local = f'{path}.' if path else ''
+
+        def record(state_dict, prefix, *_):
+            if not path:
+                self.file_keys = list(state_dict)
+                self.loads += 1
+            for name, tensor in _own_tensors(module):
+                value = state_dict.get(prefix + name)
+                if isinstance(value, Tensor) and value.shape == tensor.shape:
+                    self.filled.add(local + name)
+
+        return record
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and persistent buffers that the module itself owns."""
+    own = [(n, p) for n, p in module._parameters.items() if p is not None]
+    own += [(n, b) for n, b in module._buffers.items()
+            if b is not None and n not in module._non_persistent_buffers_set]
+    return own
+
+
+def freeze(module: nn.Module,
+           keep: Iterable[str] = (),
+           trainable: Iterable[str] = (),
+           key: str = 'trainable') -> set[str]:
+    """Sets ``requires_grad`` of every parameter of ``module``, and says which tensors are frozen.
+
+    Args:
+        module (nn.Module): Module to freeze.
+        keep (Iterable[str]): Names of parameters that stay trainable.
+        trainable (Iterable[str]): Regular expressions; a parameter stays trainable too when one
+            of them matches its whole dotted name (``re.fullmatch``).
+        key (str): Name of the config key that ``trainable`` came from, for error messages.
+
+    Returns:
+        set[str]: Dotted names of the frozen parameters, and of the buffers in modules that do not
+        train.
+
+    Raises:
+        ValueError: A regular expression is malformed or matches no parameter.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    keep = set(keep)
+    for pattern in trainable:
+        try:
+            compiled = re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f'{key}: {pattern!r} is not a regular expression: {error}') from None
+        matched = [name for name in names if compiled.fullmatch(name)]
+        if not matched:
+            raise ValueError(f'{key}: {pattern!r} matches no parameter; '
+                             f'the names begin with {", ".join(names[:3])}, …')
+        keep.update(matched)
+    frozen = set()
+    for name, param in module.named_parameters():
+        param.requires_grad_(name in keep)
+        if name not in keep:
+            frozen.add(name)
+    live = {path for path, _ in _live_modules(module)}
+    for path, child in module.named_modules():
+        if path not in live:
+            frozen.update(
+                (f'{path}.' if path else '') + n for n, _ in _own_tensors(child)
+                if n in child._buffers)
+    return frozen
+
+
+def _live_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that follow ``train()``: those whose parameters all train, those that own a
+    trainable parameter, and parameter-free ones directly inside a module of the first kind."""
+    live = []
+
+    def visit(path: str, current: nn.Module, parent_trains: bool) -> None:
+        params = list(current.parameters())
+        trains = all(p.requires_grad for p in params) if params else parent_trains
+        owns = any(p is not None and p.requires_grad for p in current._parameters.values())
+        if trains or owns:
+            live.append((path, current))
+        for name, child in current.named_children():
+            visit(f'{path}.{name}' if path else name, child, trains)
+
+    visit('', module, False)
+    return live
+
+
+def keep_frozen_in_eval(module: nn.Module) -> None:
+    """Puts every frozen submodule into eval mode: BatchNorm statistics, dropout and drop path
+    stand still. Submodules that train keep the mode they have.
+
+    Args:
+        module (nn.Module): A module that :func:`freeze` has been applied to.
+    """
+    live = {id(m) for _, m in _live_modules(module)}
+    for child in module.modules():
+        if id(child) not in live:
+            child.training = False
+
+
+def frozen_tensors(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The parameters and buffers of ``module`` with the given dotted names.
+
+    Args:
+        module (nn.Module): Module that owns them.
+        names (Iterable[str]): Dotted names.
+
+    Returns:
+        dict[str, Tensor]: The tensors themselves, by name.
+    """
+    wanted = set(names)
+    found = {n: p for n, p in module.named_parameters(remove_duplicate=False) if n in wanted}
+    found.update((n, b) for n, b in module.named_buffers(remove_duplicate=False) if n in wanted)
+    return found
+
+
+def _frozen_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Submodules that declare ``frozen_names``: prompted backbones, under any wrapper."""
+    parts = [(path, m) for path, m in model.named_modules()
+             if isinstance(m.__dict__.get('frozen_names'), (set, frozenset))]
+    if not parts:
+        raise ValueError('audit expects a model that holds a PromptedBackbone, '
+                         f'got {type(model).__name__} without one')
+    return parts
+
+
+class FrozenSnapshot:
+    """Digests of everything a model declares frozen, to compare with later.
+
+    Args:
+        model (nn.Module): A model that holds one or more prompted backbones.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.digests = self._digest(model)
+
+    @staticmethod
+    def _digest(model: nn.Module) -> dict[str, str]:
+        digests = {}
+        for path, part in _frozen_parts(model):
+            prefix = f'{path}.backbone.' if path else 'backbone.'
+            tensors = frozen_tensors(part.backbone, part.frozen_names)
+            digests.update((prefix + n, d) for n, d in digest_tensors(tensors).items())
+        return digests
+
+    def moved(self, model: nn.Module) -> list[str]:
+        """Names of the frozen tensors that are not bitwise what they were.
+
+        Args:
+            model (nn.Module): The same model, later.
+
+        Returns:
+            list[str]: Sorted dotted names; empty when nothing moved.
+        """
+        now = self._digest(model)
+        return sorted(n for n in {*now, *self.digests} if now.get(n) != self.digests.get(n))
+
+
+def audit(model: nn.Module, snapshot: FrozenSnapshot | None = None, training: bool = False) -> None:
+    """Checks that everything declared frozen is frozen.
+
+    That is: no frozen parameter requires or holds a gradient; no frozen submodule is in training
+    mode; with a snapshot, every frozen parameter and buffer is bitwise what it was.
+
+    Args:
+        model (nn.Module): A model that holds one or more prompted backbones.
+        snapshot (FrozenSnapshot, optional): The state to compare with. Defaults to None.
+        training (bool): Whether the model must be in training mode, so that the check of the
+            modes means something. Defaults to False.
+
+    Raises:
+        FrozenTensorsChanged: Something frozen moved or could move; the message names it.
+        ValueError: The model holds no prompted backbone.
+    """
+    for path, part in _frozen_parts(model):
+        prefix = f'{path}.backbone.' if path else 'backbone.'
+        if training and not part.training:
+            raise FrozenTensorsChanged(f'{path or "the model"} is in eval mode, expected training')
+        for name, param in part.backbone.named_parameters():
+            if name not in part.frozen_names:
+                continue
+            if param.requires_grad:
+                raise FrozenTensorsChanged(
+                    f'{prefix}{name} is declared frozen, but its requires_grad is True')
+            if param.grad is not None:
+                raise FrozenTensorsChanged(f'{prefix}{name} is declared frozen, but has a gradient')
+        live = {id(m) for _, m in _live_modules(part.backbone)}
+        for name, child in part.backbone.named_modules():
+            if child.training and id(child) not in live:
+                raise FrozenTensorsChanged(
+                    f'{prefix}{name} ({type(child).__name__}) is frozen, but in training mode')
+    moved = [] if snapshot is None else snapshot.moved(model)
+    if moved:
+        shown = ', '.join(moved[:5]) + (f' and {len(moved) - 5} more' if len(moved) > 5 else '')
+        raise FrozenTensorsChanged(f'frozen tensors moved: {shown}')

@@ -1,0 +1,165 @@
+"""The prompt block of Pro-tuning.
+
+Pro-tuning: Unified Prompt Tuning for Vision Tasks, Nie et al., https://arxiv.org/abs/2207.14381,
+Figure 2: 1x1 convolution -> 5x5 convolution -> 1x1 convolution; its output is the vision prompt.
+"""
+from __future__ import annotations
+
+import torch
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS as ROOT_MODELS
+from torch import Tensor, nn
+
+from mmprotune.registry import MODELS
+
+
+@MODELS.register_module()
+class PromptBlock(BaseModule):
+    r"""Computes the vision prompt :math:`P(x)` of one stage's feature map.
+
+    .. math:: P(x) = s \cdot W_3\, \sigma(\mathrm{norm}(W_2 * (W_1 x)))
+
+    with :math:`W_1` (1x1, ``channels -> hidden``), :math:`W_2` (``kernel_size``, grouped, ``hidden
+    -> hidden``), :math:`W_3` (1x1, ``hidden -> channels``), all with biases. The prompt only: who
+    calls adds it to ``x``.
+
+    The paper's text leaves widths, groups, norm, activation and initialisation open. The defaults
+    are this package's: a bottleneck of 4, a depthwise 5x5, GELU, and a last convolution that
+    starts at zero, so that a prompted backbone starts out equal to the frozen one. The figure's
+    own form is ``dict(type='mmprotune.PromptBlock', reduction=1, act_cfg=None)`` together with
+    ``last_stage='serial'`` of :class:`PromptedBackbone`.
+
+    Args:
+        channels (int): Channels of the feature map.
+        reduction (float): ``hidden = channels // reduction``. Defaults to 4.
+        kernel_size (int): Odd size of the middle convolution, in feature pixels. Defaults to 5.
+        groups (int, optional): Groups of the middle convolution; must divide ``hidden``. None
+            means depthwise. Defaults to None.
+        norm_cfg (dict, optional): Normalisation after the middle convolution. Defaults to None.
+        act_cfg (dict, optional): Activation after it. Defaults to ``dict(type='GELU')``.
+        scale (float, optional): Start of a learned scalar on the prompt; None means no scalar.
+            Defaults to None.
+        zero_init (bool): Whether the last convolution starts at zero. Defaults to True.
+        init_cfg (dict, optional): See :class:`mmengine.model.BaseModule`. Defaults to None.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: ``reduction`` leaves no channels, ``kernel_size`` is even, ``groups`` does not
+            divide the hidden channels, or ``scale=0`` meets ``zero_init=True`` (neither the
+            scalar nor the last convolution would ever get a gradient).
+    """
+
+    def __init__(self,
+                 channels: int,
+                 reduction: float = 4,
+                 kernel_size: int = 5,
+                 groups: int | None = None,
+                 norm_cfg: dict | None = None,
+                 act_cfg: dict | None = dict(type='GELU'),
+                 scale: float | None = None,
+                 zero_init: bool = True,
+                 init_cfg: dict | None = None) -> None:
+        super().__init__(init_cfg=init_cfg)
+        for name, value in (('channels', channels), ('kernel_size', kernel_size)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f'prompt.{name} must be an int, got {value!r}')
+            if value < 1:
+                raise ValueError(f'prompt.{name} must be at least 1, got {value}')
+        if kernel_size % 2 == 0:
+            raise ValueError(f'prompt.kernel_size must be odd, got {kernel_size}')
+        if not isinstance(reduction, (int, float)) or isinstance(reduction, bool):
+            raise TypeError(f'prompt.reduction must be a number, got {reduction!r}')
+        hidden = int(channels // reduction) if reduction > 0 else 0
+        if hidden < 1:
+            raise ValueError(f'prompt.reduction={reduction} leaves no hidden channels: '
+                             f'expected 0 < reduction <= channels={channels}')
+        groups = hidden if groups is None else groups
+        if not isinstance(groups, int) or groups < 1 or hidden % groups:
+            raise ValueError(f'prompt.groups must divide the {hidden} hidden channels '
+                             f'(channels={channels}, reduction={reduction}), got {groups!r}')
+        if scale is not None and scale == 0 and zero_init:
+            raise ValueError('prompt.scale=0 with prompt.zero_init=True: neither would ever get a '
+                             'gradient; set prompt.zero_init=False or another prompt.scale')
+
+        self.channels = channels
+        self.zero_init = zero_init
+        self.scale_init = scale
+        self.reduce = nn.Conv2d(channels, hidden, 1)
+        self.spatial = nn.Conv2d(
+            hidden, hidden, kernel_size, padding=kernel_size // 2, groups=groups)
+        self.norm = _build_norm(norm_cfg, hidden)
+        self.act = _build_act(act_cfg)
+        self.expand = nn.Conv2d(hidden, channels, 1)
+        self.scale = None if scale is None else nn.Parameter(torch.tensor(float(scale)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew: Kaiming-normal (fan in), zero biases, the last one zero."""
+        for conv in (self.reduce, self.spatial, self.expand):
+            nn.init.kaiming_normal_(conv.weight, mode='fan_in', nonlinearity='linear')
+            nn.init.zeros_(conv.bias)
+        if self.zero_init:
+            nn.init.zeros_(self.expand.weight)
+        if self.scale is not None:
+            nn.init.constant_(self.scale, self.scale_init)
+
+    def init_weights(self) -> None:
+        """Draws the weights anew; ``init_cfg`` is applied on top."""
+        self.reset_parameters()
+        super().init_weights()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes the prompt.
+
+        Args:
+            x (Tensor): Feature map of shape (N, C, H, W), ``C = channels``.
+
+        Returns:
+            Tensor: Prompt of shape (N, C, H, W).
+        """
+        if x.dim() != 4 or x.size(1) != self.channels:
+            raise ValueError(f'PromptBlock expects (N, {self.channels}, H, W), '
+                             f'got {tuple(x.shape)}')
+        prompt = self.expand(self.act(self.norm(self.spatial(self.reduce(x)))))
+        return prompt if self.scale is None else prompt * self.scale
+
+
+# mmcv's short names, for environments where mmcv has not registered them.
+_ALIASES = {
+    'BN': 'BatchNorm2d',
+    'SyncBN': 'SyncBatchNorm',
+    'IN': 'InstanceNorm2d',
+    'GN': 'GroupNorm',
+}
+
+
+def _layer_type(key: str, cfg: dict) -> tuple[type, dict]:
+    """The class named by ``cfg['type']`` (MMEngine's registry, then ``torch.nn``), and the rest."""
+    if not isinstance(cfg, dict) or 'type' not in cfg:
+        raise TypeError(f'prompt.{key} must be a dict with the key "type", got {cfg!r}')
+    cfg = dict(cfg)
+    name = cfg.pop('type')
+    if isinstance(name, type):
+        return name, cfg
+    cls = ROOT_MODELS.module_dict.get(name) or getattr(nn, _ALIASES.get(name, name), None)
+    if cls is None:
+        raise ValueError(f'prompt.{key}.type={name!r} is neither registered nor in torch.nn')
+    return cls, cfg
+
+
+def _build_act(cfg: dict | None) -> nn.Module:
+    if cfg is None:
+        return nn.Identity()
+    cls, kwargs = _layer_type('act_cfg', cfg)
+    return cls(**kwargs)
+
+
+def _build_norm(cfg: dict | None, channels: int) -> nn.Module:
+    if cfg is None:
+        return nn.Identity()
+    cls, kwargs = _layer_type('norm_cfg', cfg)
+    if not kwargs.pop('requires_grad', True):
+        raise ValueError('prompt.norm_cfg.requires_grad=False: prompts always train')
+    if issubclass(cls, nn.GroupNorm):
+        return cls(num_channels=channels, **kwargs)
+    return cls(channels, **kwargs)

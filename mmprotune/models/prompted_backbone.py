@@ -1,0 +1,385 @@
+"""A frozen backbone with one prompt block per stage.
+
+Pro-tuning: Unified Prompt Tuning for Vision Tasks, Nie et al., https://arxiv.org/abs/2207.14381.
+"""
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Sequence
+
+import torch
+from mmengine.config import ConfigDict
+from mmengine.logging import MMLogger, print_log
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from mmprotune.checkpoint import check_incoming
+from mmprotune.frozen import FillRecorder, fingerprint, freeze, frozen_tensors, keep_frozen_in_eval
+from mmprotune.frozen.freeze import OPTIONAL_BUFFERS
+from mmprotune.registry import MODELS
+
+from .stages import Stage, find_stages, token_grid
+
+# A pre-trained file that fills less of the backbone than this is the wrong file.
+MINIMUM_FILLED = 0.9
+
+
+class PretrainedFileError(ValueError):
+    """The pre-trained file is missing, or is not this backbone's."""
+
+
+class _Tap:
+    """Forward hook on the module that ends a stage: returns its output with the prompt added.
+
+    An object, not a closure, so that copies and pickles of the model keep their own prompts.
+    """
+
+    def __init__(self, owner: PromptedBackbone, stage: Stage) -> None:
+        self.owner = owner
+        self.stage = stage
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
+        index = self.stage.index
+        if index is None:
+            return self.owner.apply_prompt(self.stage, output, args, kwargs)
+        plain = output[index]
+        prompted = self.owner.apply_prompt(self.stage, plain, args, kwargs)
+        # Some backbones return one tensor twice: for the next stage and as the feature.
+        return type(output)(prompted if item is plain else item for item in output)
+
+
+@MODELS.register_module()
+class PromptedBackbone(BaseModule):
+    r"""Freezes a backbone and adds an input-dependent vision prompt at the end of each stage.
+
+    .. math:: x_i = S_i(\hat x_{i-1}), \qquad \hat x_i = x_i + P_i(x_i)
+
+    with the frozen stages :math:`S_i` and the prompt blocks :math:`P_i` (the paper's Figure 2).
+    Both the next stage and whatever the backbone returns for the stage see :math:`\hat x_i`. Only
+    the :math:`P_i`, and what ``freeze`` and ``trainable`` leave, train.
+
+    The wrapped module is the attribute ``backbone``; its parameter names are the stock ones. Its
+    weights are loaded in the constructor, so that every way to build a model (training, testing,
+    inferencers) gets the right backbone. The state dict leaves out the frozen tensors and carries
+    their fingerprint instead; loading onto another backbone raises.
+
+    Args:
+        backbone (dict): Config of any backbone registered in mmdet, mmseg or mmpretrain. Its
+            pre-trained file is its own ``init_cfg`` or ``pretrained``.
+        prompt (dict, optional): Config of the prompt block; ``channels`` is filled in per stage.
+            None means no prompts. Defaults to ``dict(type='mmprotune.PromptBlock')``.
+        stages (str | Sequence[str]): 'auto', or the dotted paths of the modules that end the
+            stages. Defaults to 'auto'.
+        freeze (str): 'pretrained' freezes what the pre-trained file filled, the rest trains;
+            'all' freezes everything. Defaults to 'pretrained'.
+        trainable (Sequence[str]): Regular expressions; parameters whose whole dotted name in the
+            backbone one of them matches train too. Defaults to ().
+        last_stage (str): 'residual' adds the prompt at the last stage too, 'serial' passes on the
+            prompt alone (as the figure draws it; its block then does not start at zero), 'none'
+            leaves the last stage without one. Defaults to 'residual'.
+        lean (bool): Whether the backward pass keeps only what input gradients need. Not available
+            yet: only False is valid. Defaults to False.
+        pretrained (str, optional): Pre-trained file handed on to a backbone that names none
+            itself; segmentors pass it. Defaults to None.
+        init_cfg (dict, optional): A ``Pretrained`` config, handed on likewise. Defaults to None.
+
+    Attributes:
+        prompts (nn.ModuleDict): Prompt block by stage name.
+        stages (list[Stage]): The stages that have a prompt.
+        frozen_names (frozenset[str]): Frozen parameters and buffers, dotted names in ``backbone``.
+        frozen_fingerprint (Tensor): uint8 buffer of shape (32, ), SHA-256 of the frozen tensors.
+
+    Raises:
+        PretrainedFileError: ``freeze='pretrained'`` without a pre-trained file, or with one that
+            fills less than 90% of the backbone.
+        StageError: No stage was found, or a path in ``stages`` is wrong.
+        TypeError, ValueError: An argument is of the wrong type or value.
+        KeyError: ``backbone.type`` is not registered (MMEngine's message).
+    """
+
+    def __init__(self,
+                 backbone: dict,
+                 prompt: dict | None = dict(type='mmprotune.PromptBlock'),
+                 stages: str | Sequence[str] = 'auto',
+                 freeze: str = 'pretrained',
+                 trainable: Sequence[str] = (),
+                 last_stage: str = 'residual',
+                 lean: bool = False,
+                 pretrained: str | None = None,
+                 init_cfg: dict | None = None) -> None:
+        super().__init__()
+        _check_choice('freeze', freeze, ('pretrained', 'all'))
+        _check_choice('last_stage', last_stage, ('residual', 'serial', 'none'))
+        if lean is not False:
+            raise ValueError(f'lean={lean!r} is not available yet: expected False')
+        if isinstance(trainable, str) or not all(isinstance(t, str) for t in trainable):
+            raise TypeError(f'trainable must be a list of regular expressions, got {trainable!r}')
+        if prompt is not None and (not isinstance(prompt, dict) or 'type' not in prompt):
+            raise TypeError(f'prompt must be None or a dict with the key "type", got {prompt!r}')
+        if not isinstance(backbone, dict) or 'type' not in backbone:
+            raise TypeError(f'backbone must be a dict with the key "type", got {backbone!r}')
+        self.freeze = freeze
+        self.trainable = tuple(trainable)
+        self.last_stage = last_stage
+        self.lean = lean
+        self._image: tuple[int, int] | None = None
+        self._norms: dict[str, tuple[Tensor, Tensor]] | None = None
+
+        self.backbone, filled = self._build_backbone(
+            ConfigDict(copy.deepcopy(backbone)), pretrained, init_cfg)
+        self._freeze_backbone(filled)
+        self.stages: list[Stage] = []
+        self.prompts = nn.ModuleDict()
+        if prompt is not None:
+            self._add_prompts(dict(prompt), stages)
+        self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
+        self.refresh_fingerprint()
+        self._register_state_dict_hook(_drop_frozen)
+        self.register_load_state_dict_post_hook(_after_load)
+        self.train()
+
+    # --- construction -------------------------------------------------------------------------
+
+    def _build_backbone(self, cfg: ConfigDict, pretrained: str | None,
+                        init_cfg: dict | None) -> tuple[nn.Module, set[str] | None]:
+        """Builds the backbone with its weights; the names its file filled (None: no file)."""
+        if init_cfg is not None and not _names_file(init_cfg):
+            raise ValueError(f"init_cfg must be of type 'Pretrained' or None, got {init_cfg!r}")
+        has_file = bool(cfg.get('pretrained')) or _names_file(cfg.get('init_cfg'))
+        if not has_file and pretrained is not None:
+            init_cfg = dict(type='Pretrained', checkpoint=pretrained)
+        if not has_file and init_cfg is not None:
+            cfg.pop('pretrained', None)
+            cfg['init_cfg'] = ConfigDict(init_cfg) if isinstance(init_cfg, dict) else init_cfg
+            has_file = True
+        if not has_file and self.freeze == 'pretrained':
+            raise PretrainedFileError(
+                f"freeze='pretrained' needs a pre-trained file, but backbone {cfg['type']!r} names "
+                "none (backbone.init_cfg=dict(type='Pretrained', checkpoint=…)); freeze='all' "
+                'freezes the backbone as it is, for a full checkpoint to fill it')
+        # The wrapper freezes; the host's own freezing in train() must not undo `trainable`.
+        if 'frozen_stages' in cfg:
+            cfg['frozen_stages'] = -1
+        backbone = MODELS.build(cfg)
+        if getattr(backbone, 'frozen_stages', -1) != -1:
+            backbone.frozen_stages = -1
+        if not hasattr(backbone, 'init_weights'):
+            return backbone, None
+        with FillRecorder(backbone) as recorder, _quiet():
+            backbone.init_weights()
+        if not has_file:
+            return backbone, None
+        self._check_filled(backbone, recorder)
+        return backbone, recorder.filled
+
+    def _check_filled(self, backbone: nn.Module, recorder: FillRecorder) -> None:
+        names = [n for n, _ in backbone.named_parameters()]
+        filled = sum(n in recorder.filled for n in names)
+        if filled >= MINIMUM_FILLED * len(names):
+            return
+        wanted = list(backbone.state_dict())
+        hint = ''
+        for prefix in {k.split('.')[0] + '.' for k in recorder.file_keys}:
+            if sum(prefix + k in set(recorder.file_keys) for k in wanted) > len(wanted) / 2:
+                hint = f'; backbone.init_cfg.prefix={prefix!r} would fit'
+        file = getattr(backbone, 'init_cfg', None)
+        raise PretrainedFileError(
+            f'the pre-trained file fills {filled} of {len(names)} parameters of '
+            f'{type(backbone).__name__}, expected at least {MINIMUM_FILLED:.0%}{hint}. '
+            f'backbone.init_cfg: {file}. Keys of the file begin with '
+            f'{recorder.file_keys[:3]}, those of the backbone with {wanted[:3]}')
+
+    def _freeze_backbone(self, filled: set[str] | None) -> None:
+        keep = []
+        if self.freeze == 'pretrained':
+            keep = [n for n, _ in self.backbone.named_parameters() if n not in (filled or ())]
+        self.frozen_names = frozenset(
+            freeze(self.backbone, keep=keep, trainable=self.trainable,
+                   key='model.backbone.trainable'))
+        if keep:
+            print_log(f'the pre-trained file did not fill {len(keep)} parameters of '
+                      f'{type(self.backbone).__name__}; they train: {", ".join(keep)}',
+                      logger='current')
+
+    def _add_prompts(self, prompt: dict, stages: str | Sequence[str]) -> None:
+        found, remarks = find_stages(self.backbone, stages)
+        for remark in remarks:
+            print_log(remark, logger='current', level=logging.WARNING)
+        if self.last_stage == 'none':
+            found = found[:-1]
+        modules = dict(self.backbone.named_modules())
+        for stage in found:
+            cfg = dict(prompt, channels=stage.channels)
+            if self.last_stage == 'serial' and stage is found[-1]:
+                if cfg.get('zero_init') or cfg.get('scale') == 0:
+                    raise ValueError("last_stage='serial' passes on the last prompt alone: "
+                                     'prompt.zero_init=True or prompt.scale=0 would kill the '
+                                     'features; leave both unset')
+                cfg['zero_init'] = False
+            block = MODELS.build(cfg)
+            self.prompts[stage.name] = block
+            self.stages.append(stage)
+            modules[stage.path].register_forward_hook(_Tap(self, stage), with_kwargs=True)
+        if not self.stages:
+            raise ValueError(f'no prompt is left: {len(found) or 1} stage and '
+                             f'last_stage={self.last_stage!r}; prompt=None is the way to have none')
+
+    # --- forward ------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args, **kwargs):
+        """Runs the backbone with prompts.
+
+        Args:
+            x (Tensor): Images of shape (N, 3, H, W).
+
+        Returns:
+            What the wrapped backbone returns.
+        """
+        self._image = tuple(x.shape[-2:])
+        return self.backbone(x, *args, **kwargs)
+
+    def apply_prompt(self, stage: Stage, x: Tensor, args: tuple = (), kwargs: dict | None = None):
+        """Adds the prompt to one stage's feature (or replaces it, for a serial last stage).
+
+        Args:
+            stage (Stage): The stage.
+            x (Tensor): Its feature: (N, C, H, W), (N, H, W, C) or (N, L, C).
+            args (tuple): Positional arguments of the module that computed it; a pair of ints among
+                them that fits the number of tokens is taken for the token grid.
+            kwargs (dict, optional): Its keyword arguments, likewise.
+
+        Returns:
+            Tensor: The prompted feature, in the same layout.
+        """
+        feature, restore = self._as_map(stage, x, (*args, *(kwargs or {}).values()))
+        prompt = self.prompts[stage.name](feature)
+        if self._norms is not None:
+            self._norms[stage.name] = (prompt.detach().float().norm(),
+                                       feature.detach().float().norm())
+        prompt = restore(prompt)
+        if self.last_stage == 'serial' and stage is self.stages[-1]:
+            return prompt
+        return x + prompt
+
+    def _as_map(self, stage: Stage, x: Tensor, arguments: tuple):
+        """The feature as (N, C, H, W), and the way back for the prompt."""
+        layout = stage.layout
+        if layout.kind == 'NCHW':
+            return x, lambda prompt: prompt
+        if layout.kind == 'NHWC':
+            return x.permute(0, 3, 1, 2), lambda prompt: prompt.permute(0, 2, 3, 1)
+        extra = layout.extra_tokens
+        grid = next((a for a in arguments if isinstance(a, (tuple, list)) and len(a) == 2
+                     and all(isinstance(n, int) for n in a) and a[0] * a[1] == x.size(1) - extra),
+                    None)
+        if grid is None and self._image is not None:
+            grid = token_grid(x.size(1), self._image, layout.stride, extra)
+        if grid is None:
+            raise ValueError(
+                f'{type(self.backbone).__name__}.{stage.path}: {x.size(1)} tokens with {extra} '
+                f'extra ones fit no grid of stride {layout.stride:g} on images of {self._image}; '
+                f'the feature has shape {tuple(x.shape)}')
+        tokens = x[:, extra:].transpose(1, 2).reshape(x.size(0), x.size(2), *grid)
+
+        def restore(prompt: Tensor) -> Tensor:
+            prompt = prompt.flatten(2).transpose(1, 2)
+            if not extra:
+                return prompt
+            return torch.cat([torch.zeros_like(x[:, :extra]), prompt], dim=1)
+
+        return tokens, restore
+
+    @contextlib.contextmanager
+    def record_norms(self):
+        """While open, forwards note (||P(x)||, ||x||) by stage name in the dict that it yields."""
+        self._norms = norms = {}
+        try:
+            yield norms
+        finally:
+            self._norms = None
+
+    # --- modes, weights, state ----------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> PromptedBackbone:
+        """Sets the mode; whatever is frozen stays in eval mode."""
+        super().train(mode)
+        keep_frozen_in_eval(self.backbone)
+        return self
+
+    def init_weights(self) -> None:
+        """Draws the prompts' weights anew. The backbone has had its weights since construction."""
+        if self._is_init:
+            return
+        for prompt in self.prompts.values():
+            if hasattr(prompt, 'init_weights'):
+                prompt.init_weights()
+        self._is_init = True
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """The frozen parameters and buffers by dotted name in ``backbone``."""
+        return frozen_tensors(self.backbone, self.frozen_names)
+
+    def refresh_fingerprint(self) -> None:
+        """Computes the fingerprint of the frozen tensors as they are now."""
+        self.frozen_fingerprint.copy_(fingerprint(_identity(self.frozen_tensors())))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        check_incoming(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getattr__(self, name: str):
+        """Public attributes that hosts look up on a backbone (``out_indices``, …)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner = self.__dict__.get('_modules', {}).get('backbone')
+            if inner is None or name.startswith('_'):
+                raise
+            return getattr(inner, name)
+
+
+def _identity(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What makes a backbone the same one: all but counters that nothing frozen reads."""
+    return {n: t for n, t in tensors.items() if n.rpartition('.')[2] not in OPTIONAL_BUFFERS}
+
+
+def _drop_frozen(module: PromptedBackbone, destination, prefix: str, _) -> None:
+    """State-dict hook: leaves out exactly the frozen tensors of this module."""
+    for name in module.frozen_names:
+        destination.pop(f'{prefix}backbone.{name}', None)
+
+
+def _after_load(module: PromptedBackbone, incompatible) -> None:
+    """Load hook: frozen tensors that a slim file leaves out are not missing."""
+    prefix, expected = module.__dict__.pop('_incoming', ('', None))
+    frozen = {f'{prefix}backbone.{n}' for n in module.frozen_names}
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in frozen]
+    if expected is not None:
+        expected.verify(module)
+
+
+def _check_choice(key: str, value, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f'{key} must be one of {choices}, got {value!r}')
+
+
+def _names_file(init_cfg) -> bool:
+    """Whether an ``init_cfg`` (a dict or a list of them) names a pre-trained file."""
+    if isinstance(init_cfg, dict):
+        kind = init_cfg.get('type')
+        return kind == 'Pretrained' or getattr(kind, '__name__', '') == 'PretrainedInit'
+    return isinstance(init_cfg, (list, tuple)) and any(map(_names_file, init_cfg))
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keeps MMEngine's list of every parameter's initialisation off the console."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

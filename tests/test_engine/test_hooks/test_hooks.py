@@ -1,0 +1,176 @@
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS as ROOT_HOOKS
+
+from mmprotune import FrozenTensorsChanged
+from mmprotune.engine.hooks import FreezeGuardHook, PromptStatsHook
+from tests.conftest import RESNET18
+from tests.detection import detector_cfg, draw_coco, run
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data')
+    draw_coco(folder)
+    return folder
+
+
+@pytest.fixture
+def cfg(prompted_cfg, data, tmp_path):
+    return detector_cfg(prompted_cfg, data, tmp_path, **{
+        'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 10,
+        'default_hooks.checkpoint.interval': 10})
+
+
+@ROOT_HOOKS.register_module(force=True)
+class Meddler(Hook):
+    """Breaks the promise at a given iteration, in a given way."""
+
+    def __init__(self, at, how):
+        self.at, self.how = at, how
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        backbone = runner.model.backbone.backbone
+        if runner.iter == self.at:
+            if self.how == 'statistics':
+                backbone.layer2[0].bn1.running_var.mul_(1.01)
+            elif self.how == 'thaw':
+                backbone.conv1.weight.requires_grad_(True)
+            elif self.how == 'train mode':
+                backbone.layer1[0].bn2.train()
+
+
+# --- FreezeGuardHook -------------------------------------------------------------------------
+
+
+def test_real_training_moves_nothing_frozen(cfg):
+    """Through Runner, optimizer with weight decay, the backbone's own norm_eval off."""
+    cfg.model.backbone.backbone.norm_eval = False
+    cfg.optim_wrapper.optimizer.weight_decay = 0.5
+    from mmengine.runner import Runner
+    cfg.experiment_name = 'guarded'
+    runner = Runner.from_cfg(cfg)
+    backbone = runner.model.backbone
+    frozen = {n: t.clone() for n, t in backbone.frozen_tensors().items()}
+    assert set(frozen) == set(backbone.backbone.state_dict())
+    trained = {n: p.detach().clone() for n, p in runner.model.named_parameters()
+               if p.requires_grad}
+    runner.train()
+    assert all(torch.equal(t, frozen[n]) for n, t in backbone.frozen_tensors().items())
+    moved = {n for n, p in runner.model.named_parameters()
+             if n in trained and not torch.equal(p, trained[n])}
+    assert any(n.startswith('backbone.prompts.') for n in moved)
+    assert any(n.startswith('roi_head.') for n in moved)
+    # The optimizer holds state for exactly what trains.
+    state = runner.optim_wrapper.optimizer.state
+    assert {n for n, p in runner.model.named_parameters() if p in state} == set(trained)
+
+
+@ROOT_HOOKS.register_module(force=True)
+class Bfloat16Hook(Hook):
+    """Runs the backbone under CPU autocast. (The whole detector does not: mmcv's NMS for the CPU
+    knows float32 only; AmpOptimWrapper wants a GPU.)"""
+
+    def before_train(self, runner):
+        backbone = runner.model.backbone
+        forward = backbone.forward
+
+        def mixed(x):
+            with torch.autocast('cpu', torch.bfloat16):
+                features = forward(x)
+            assert {f.dtype for f in features} == {torch.bfloat16}
+            return tuple(f.float() for f in features)
+
+        backbone.forward = mixed
+
+
+def test_mixed_precision_moves_nothing_frozen(cfg):
+    cfg.custom_hooks.append(dict(type='Bfloat16Hook'))
+    cfg.custom_hooks[1].check_after = 1
+    prompts = run(cfg).model.backbone.prompts
+    # The guard saw nothing move; the prompts did.
+    assert all(block.expand.weight.abs().sum() > 0 for block in prompts.values())
+    assert {p.dtype for p in prompts.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize('how, match', [
+    ('statistics', r'moved: backbone\.backbone\.layer2\.0\.bn1\.running_var$'),
+    ('thaw', r'backbone\.backbone\.conv1\.weight is declared frozen, but its requires_grad'),
+    ('train mode', r'backbone\.backbone\.layer1\.0\.bn2 \(BatchNorm2d\) is frozen, but in train'),
+])
+def test_the_guard_stops_training_early(cfg, how, match):
+    cfg.custom_hooks[1].check_after = 1
+    cfg.custom_hooks.append(dict(type='Meddler', at=0, how=how))
+    with pytest.raises(FrozenTensorsChanged, match=match):
+        run(cfg)
+
+
+def test_the_guard_looks_again_at_the_end(cfg):
+    cfg.custom_hooks[1].check_after = 1
+    cfg.custom_hooks.append(dict(type='Meddler', at=1, how='statistics'))
+    with pytest.raises(FrozenTensorsChanged, match='running_var'):
+        run(cfg)
+
+
+def test_the_guard_needs_something_to_guard(cfg):
+    cfg.model.backbone = dict(RESNET18)
+    cfg.custom_hooks = [dict(type='mmprotune.FreezeGuardHook')]
+    with pytest.raises(ValueError, match='got FasterRCNN without one'):
+        run(cfg)
+
+
+@pytest.mark.parametrize('hook, kwargs', [(FreezeGuardHook, dict(check_after=0)),
+                                          (PromptStatsHook, dict(interval=1.5))])
+def test_bad_intervals(hook, kwargs):
+    with pytest.raises(ValueError, match=f'{next(iter(kwargs))} must be a positive int'):
+        hook(**kwargs)
+
+
+# --- PromptStatsHook -------------------------------------------------------------------------
+
+
+@ROOT_HOOKS.register_module(force=True)
+class Witness(Hook):
+    """Computes what PromptStatsHook should report, by other means."""
+
+    priority = 'VERY_HIGH'
+    expected: dict = {}
+
+    def before_train(self, runner):
+        backbone = runner.model.backbone
+        for stage in backbone.stages:
+            backbone.prompts[stage.name].register_forward_hook(
+                lambda block, args, out, name=stage.name: block.training and self.expected.update(
+                    {f'{name}/ratio': (out.norm() / args[0].norm()).item()}) or None)
+        step = runner.optim_wrapper.optimizer.step
+
+        def wrapped(*args, **kwargs):
+            for name, block in backbone.prompts.items():
+                flat = torch.cat([p.grad.flatten() for p in block.parameters()])
+                self.expected[f'{name}/grad_norm'] = flat.norm().item()
+            return step(*args, **kwargs)
+
+        runner.optim_wrapper.optimizer.step = wrapped
+
+
+def test_stats_reach_the_message_hub(cfg):
+    cfg.custom_hooks[2].interval = 2
+    cfg.custom_hooks.append(dict(type='Witness'))
+    runner = run(cfg)
+    scalars = runner.message_hub.log_scalars
+    for stage in range(1, 5):
+        for what in ('ratio', 'grad_norm'):
+            values, _ = scalars[f'train/prompt/stage{stage}/{what}'].data
+            assert len(values) == 1  # two iterations, every second one
+            expected = Witness.expected[f'stage{stage}/{what}']
+            assert values[-1] == pytest.approx(expected, rel=1e-4)
+            assert values[-1] > 0
+
+
+def test_stats_reach_a_visualizer_backend(cfg, tmp_path):
+    cfg.custom_hooks[2].interval = 1
+    run(cfg)
+    lines = [p.read_text() for p in tmp_path.glob('*/vis_data/scalars.json')]
+    assert any('prompt/stage4/ratio' in text and 'prompt/stage1/grad_norm' in text
+               for text in lines)

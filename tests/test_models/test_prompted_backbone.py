@@ -1,0 +1,306 @@
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from mmdet.registry import MODELS as DET_MODELS
+from mmengine.registry import DefaultScope
+from mmengine.runner.checkpoint import get_state_dict
+from torch import nn
+
+from mmprotune import PromptedBackbone, audit
+from mmprotune.models.prompted_backbone import PretrainedFileError
+from tests.conftest import RESNET18, build, wake
+from tests.test_models.test_stages import SWIN
+
+
+def plain(prompted):
+    """The frozen backbone alone: the same weights, no prompts."""
+    twin = copy.deepcopy(prompted.backbone)
+    for module in twin.modules():
+        module._forward_hooks.clear()
+    return twin
+
+
+BACKBONES = [
+    RESNET18,
+    dict(type='ResNeXt', depth=50, groups=4, base_width=4, base_channels=8),
+    dict(type='RegNet', arch='regnetx_400mf'),
+    dict(type='Res2Net', depth=50, scales=4, base_width=26, base_channels=16),
+    SWIN,
+]
+
+
+@pytest.mark.parametrize('cfg', BACKBONES, ids=lambda c: c['type'])
+@pytest.mark.parametrize('size', [(64, 64), (75, 110)])
+def test_identity_at_init_and_change_after(cfg, size):
+    model = build(dict(type='mmprotune.PromptedBackbone', backbone=cfg, freeze='all')).eval()
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        expected = plain(model)(x)
+        assert all(torch.equal(a, b) for a, b in zip(model(x), expected))
+        wake(model)
+        changed = model(x)
+    assert len(changed) == len(expected) == 4
+    assert all(a.shape == b.shape and not torch.equal(a, b) for a, b in zip(changed, expected))
+
+
+def test_features_by_hand():
+    """x̂_i = x_i + P_i(x_i), each stage fed with the prompted one before it."""
+    model = build(dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, freeze='all')).eval()
+    wake(model)
+    net, x = plain(model), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        feature = net.maxpool(net.relu(net.norm1(net.conv1(x))))
+        for i, (out, name) in enumerate(zip(model(x), net.res_layers), start=1):
+            feature = getattr(net, name)(feature)
+            feature = feature + model.prompts[f'stage{i}'](feature)
+            torch.testing.assert_close(out, feature)
+
+
+def test_last_stage_forms():
+    for last_stage, prompts in (('residual', 4), ('serial', 4), ('none', 3)):
+        model = build(
+            dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, freeze='all',
+                 last_stage=last_stage)).eval()
+        assert len(model.prompts) == prompts
+        x = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            outs, plain_outs = model(x), plain(model)(x)
+        assert all(torch.equal(a, b) for a, b in zip(outs[:3], plain_outs))
+        if last_stage == 'serial':
+            torch.testing.assert_close(outs[3], model.prompts['stage4'](plain_outs[3]))
+            assert outs[3].abs().sum() > 0
+        else:
+            assert torch.equal(outs[3], plain_outs[3])
+
+
+def test_gradients_reach_exactly_the_declared_parameters(prompted_cfg):
+    model = build(dict(prompted_cfg, trainable=[r'layer4\.1\.bn2\..*']))
+    wake(model)
+    sum(f.sum() for f in model(torch.randn(2, 3, 64, 64))).backward()
+    with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
+    declared = {n for n, p in model.named_parameters() if p.requires_grad}
+    prompts = {f'prompts.{n}' for n, _ in model.prompts.named_parameters()}
+    assert with_gradient == declared == prompts | {
+        'backbone.layer4.1.bn2.weight', 'backbone.layer4.1.bn2.bias'}
+
+
+def test_no_graph_below_the_first_prompt(prompted_cfg):
+    model = build(prompted_cfg)
+    seen = {}
+    for name in ('conv1', 'layer1.0', 'layer1.1', 'layer2.0'):
+        model.backbone.get_submodule(name).register_forward_hook(
+            lambda _, args, out, name=name: seen.update({name: out.requires_grad}))
+    # Registered after the prompt's own hook, so this one sees what leaves the stage.
+    model.backbone.layer1.register_forward_hook(
+        lambda _, args, out: seen.update(stage1=out.requires_grad))
+    model(torch.randn(1, 3, 64, 64))
+    assert seen == {
+        'conv1': False, 'layer1.0': False, 'layer1.1': False, 'stage1': True, 'layer2.0': True}
+
+
+def test_head_only_builds_no_graph_at_all(prompted_cfg):
+    model = build(dict(prompted_cfg, prompt=None))
+    assert not any(f.requires_grad for f in model(torch.randn(1, 3, 64, 64)))
+    assert not model.prompts
+
+
+def test_full_fine_tuning_is_a_config_too(prompted_cfg):
+    backbone = dict(prompted_cfg['backbone'], norm_eval=False, frozen_stages=1)
+    model = build(dict(prompted_cfg, backbone=backbone, prompt=None, trainable=['.*']))
+    assert not model.frozen_names
+    assert all(p.requires_grad for p in model.train().parameters())
+    assert all(m.training for m in model.modules())
+
+
+def test_frozen_parts_stay_in_eval_and_still():
+    # norm_eval=False: the backbone itself would put its norm layers into training mode.
+    model = build(
+        dict(type='mmprotune.PromptedBackbone', backbone=dict(RESNET18, norm_eval=False),
+             freeze='all'))
+    buffers = {n: b.clone() for n, b in model.backbone.named_buffers()}
+    assert model.train() is model
+    assert model.training and model.prompts.training
+    assert not any(m.training for m in model.backbone.modules())
+    model(torch.randn(2, 3, 64, 64))
+    assert all(torch.equal(b, buffers[n]) for n, b in model.backbone.named_buffers())
+    audit(model, training=True)
+
+
+def test_drop_path_stands_still():
+    model = build(
+        dict(type='mmprotune.PromptedBackbone', backbone=dict(SWIN, drop_path_rate=0.5),
+             freeze='all')).train()
+    x = torch.randn(1, 3, 64, 64)
+    assert all(torch.equal(a, b) for a, b in zip(model(x), model(x)))
+
+
+def test_norms_the_file_lacks_train_and_are_saved(tmp_path):
+    torch.manual_seed(0)
+    swin = DET_MODELS.build(dict(SWIN))
+    file = tmp_path / 'swin.pth'
+    torch.save({f'backbone.{k}': v for k, v in swin.state_dict().items()
+                if not k.startswith('norm')}, file)
+    model = build(
+        dict(type='mmprotune.PromptedBackbone',
+             backbone=dict(SWIN, init_cfg=dict(type='Pretrained', checkpoint=str(file)))))
+    trains = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
+    assert trains == {f'norm{i}.{p}' for i in range(4) for p in ('weight', 'bias')}
+    assert {f'backbone.{n}' for n in trains} <= set(model.state_dict())
+    for name, value in swin.state_dict().items():
+        if not name.startswith('norm'):
+            assert torch.equal(model.backbone.state_dict()[name], value)
+
+
+# --- pre-trained files -----------------------------------------------------------------------
+
+
+def test_weights_are_there_after_construction(prompted_cfg, resnet18_file):
+    model = build(prompted_cfg)
+    for name, value in torch.load(resnet18_file).items():
+        assert torch.equal(model.backbone.state_dict()[name], value)
+    fingerprint = model.frozen_fingerprint.clone()
+    frozen = {n: t.clone() for n, t in model.frozen_tensors().items()}
+    prompt = model.prompts['stage1'].reduce.weight.clone()
+    model.init_weights()  # as Runner.train does: prompts only
+    assert not torch.equal(model.prompts['stage1'].reduce.weight, prompt)
+    assert all(torch.equal(t, frozen[n]) for n, t in model.frozen_tensors().items())
+    assert torch.equal(model.frozen_fingerprint, fingerprint)
+
+
+@pytest.mark.parametrize('how', ['pretrained', 'init_cfg'])
+def test_a_file_given_to_the_wrapper_goes_to_the_backbone(resnet18_file, how):
+    value = resnet18_file if how == 'pretrained' else dict(
+        type='Pretrained', checkpoint=resnet18_file)
+    model = build(dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, **{how: value}))
+    assert torch.equal(model.backbone.conv1.weight, torch.load(resnet18_file)['conv1.weight'])
+
+
+def test_no_file():
+    with pytest.raises(PretrainedFileError, match="freeze='pretrained' needs.*freeze='all'"):
+        build(dict(type='mmprotune.PromptedBackbone', backbone=RESNET18))
+
+
+def test_a_file_that_fills_nothing(prompted_cfg, tmp_path):
+    file = str(tmp_path / 'vgg.pth')
+    torch.save({'features.0.weight': torch.zeros(1)}, file)
+    prompted_cfg['backbone']['init_cfg']['checkpoint'] = file
+    with pytest.raises(PretrainedFileError,
+                       match=r"fills 0 of 60 parameters of ResNet, expected at least 90%.*"
+                       r"\['features.0.weight'\].*\['conv1.weight'"):
+        build(prompted_cfg)
+
+
+def test_a_prefix_that_would_fit_is_named(prompted_cfg, resnet18_file, tmp_path):
+    file = str(tmp_path / 'detector.pth')
+    weights = torch.load(resnet18_file)
+    torch.save(dict(state_dict={f'backbone.{k}': v for k, v in weights.items()}), file)
+    init_cfg = prompted_cfg['backbone']['init_cfg']
+    init_cfg['checkpoint'] = file
+    with pytest.raises(PretrainedFileError, match="init_cfg.prefix='backbone.' would fit"):
+        build(prompted_cfg)
+    init_cfg['prefix'] = 'backbone.'
+    assert torch.equal(build(prompted_cfg).backbone.conv1.weight, weights['conv1.weight'])
+
+
+def test_a_file_that_does_not_exist(prompted_cfg):
+    prompted_cfg['backbone']['init_cfg']['checkpoint'] = 'no/such.pth'
+    with pytest.raises(FileNotFoundError, match='no/such.pth can not be found'):
+        build(prompted_cfg)
+
+
+# --- arguments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('options, error, match', [
+    (dict(freeze='some'), ValueError, r"freeze must be one of \('pretrained', 'all'\), got 'some'"),
+    (dict(last_stage='first'), ValueError, "last_stage must be one of .* got 'first'"),
+    (dict(lean=True), ValueError, 'lean=True is not available yet: expected False'),
+    (dict(trainable='layer4'), TypeError, 'trainable must be a list of regular expressions'),
+    (dict(trainable=['layer9']), ValueError, r"backbone\.trainable: 'layer9' matches no parameter"),
+    (dict(trainable=['(']), ValueError, r"trainable: '\(' is not a regular expression"),
+    (dict(prompt='yes'), TypeError, 'prompt must be None or a dict'),
+    (dict(prompt=dict(type='mmprotune.PromptBlock', reduction=999)), ValueError,
+     'reduction=999 leaves no hidden channels'),
+    (dict(prompt=dict(type='mmprotune.PromptBlock', zero_init=True), last_stage='serial'),
+     ValueError, 'would kill the features'),
+    (dict(stages=['nowhere']), ValueError, "has no module 'nowhere'"),
+    (dict(stages=['layer4'], last_stage='none'), ValueError, 'no prompt is left'),
+    (dict(init_cfg=dict(type='Kaiming')), ValueError, "init_cfg must be of type 'Pretrained'"),
+    (dict(backbone='ResNet'), TypeError, 'backbone must be a dict with the key "type"'),
+    (dict(backbone=dict(type='NoSuchNet')), KeyError, 'NoSuchNet is not in the'),
+])
+def test_bad_arguments(options, error, match):
+    cfg = dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, freeze='all')
+    with pytest.raises(error, match=match):
+        build({**cfg, **options})
+
+
+@pytest.mark.parametrize('host', ['mmdet', 'mmseg', 'mmpretrain'])
+def test_the_prefixed_name_works_in_every_host(host):
+    import importlib
+    registry = importlib.import_module(f'{host}.registry').MODELS
+    with DefaultScope.overwrite_default_scope(host):
+        model = registry.build(
+            dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, freeze='all'))
+    assert isinstance(model, PromptedBackbone)
+
+
+# --- state -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('state_dict', [lambda m: m.state_dict(), get_state_dict])
+def test_state_dict_is_slim(prompted_cfg, state_dict):
+    model = nn.Sequential()
+    model.add_module('backbone', build(prompted_cfg))
+    model.add_module('head', nn.BatchNorm2d(4))
+    keys = set(state_dict(model))
+    prompts = {f'backbone.prompts.{n}' for n in model.backbone.prompts.state_dict()}
+    # Buffers of parts that train are kept: the norm layer's statistics.
+    assert keys == prompts | {'backbone.frozen_fingerprint'} | {
+        f'head.{n}' for n in model.head.state_dict()}
+
+
+def test_slim_round_trip(prompted_cfg):
+    model, twin = build(prompted_cfg, seed=1), build(prompted_cfg, seed=2)
+    wake(model)
+    x = torch.randn(1, 3, 64, 64)
+    model.eval(), twin.eval()
+    with torch.no_grad():
+        expected = model(x)
+        assert not torch.equal(twin(x)[0], expected[0])
+        assert str(twin.load_state_dict(model.state_dict())) == '<All keys matched successfully>'
+        assert all(torch.equal(a, b) for a, b in zip(twin(x), expected))
+
+
+@pytest.mark.parametrize('copies', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_keep_their_own_prompts(prompted_cfg, copies):
+    model = build(prompted_cfg).eval()
+    twin = copies(model)
+    wake(twin)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(x)[0], plain(model)(x)[0])
+        assert not torch.equal(twin(x)[0], model(x)[0])
+        twin.load_state_dict(model.state_dict())
+        assert torch.equal(twin(x)[0], model(x)[0])
+
+
+def test_hosts_find_the_backbones_own_attributes(prompted_cfg):
+    model = build(prompted_cfg)
+    assert model.out_indices == (0, 1, 2, 3)
+    with pytest.raises(AttributeError):
+        model.no_such_attribute  # noqa: B018
+
+
+def test_what_the_file_left_is_logged(prompted_cfg, caplog, monkeypatch):
+    lines = []
+    monkeypatch.setattr('mmprotune.models.prompted_backbone.print_log',
+                        lambda text, logger=None, level=logging.INFO: lines.append((level, text)))
+    prompted_cfg['backbone']['out_indices'] = (0, 1)
+    model = build(prompted_cfg)
+    assert len(model.prompts) == 2
+    assert [level for level, _ in lines] == [logging.WARNING] * 2
+    assert 'layer3 (32 channels) gets no prompt' in lines[0][1]

@@ -1,0 +1,144 @@
+import pytest
+import torch
+from mmdet.registry import MODELS
+from torch import nn
+
+from mmprotune.models.stages import Layout, StageError, describe, find_stages, token_grid
+from tests.conftest import RESNET18
+
+SWIN = dict(type='SwinTransformer', embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8))
+
+
+@pytest.mark.parametrize('shape, expected', [
+    ((2, 256, 16, 24), Layout('NCHW', 256, 4)),
+    ((2, 16, 24, 96), Layout('NHWC', 96, 4)),
+    ((2, 384, 96), Layout('NLC', 96, 4)),
+    ((2, 385, 96), Layout('NLC', 96, 4, extra_tokens=1)),
+    ((2, 24 + 5, 96), Layout('NLC', 96, 16, extra_tokens=5)),
+    ((2, 64, 17, 25), Layout('NCHW', 64, 4)),  # padded convolutions
+    ((32, 49, 96), None),  # windows
+    ((2, 96), None),
+    ((2, 64, 96, 16), Layout('NHWC', 16, 1)),
+])
+def test_describe(shape, expected):
+    assert describe(torch.zeros(shape), (64, 96), 2) == expected
+
+
+def test_describe_ignores_integers():
+    assert describe(torch.zeros(2, 8, 16, 24, dtype=torch.long), (64, 96), 2) is None
+
+
+@pytest.mark.parametrize('length, image, stride, extra, grid', [
+    (24, (64, 96), 16, 0, (4, 6)),
+    (25, (64, 96), 16, 1, (4, 6)),
+    (5 * 7, (65, 97), 16, 0, (5, 7)),  # padded up
+    (4 * 6, (65, 97), 16, 0, (4, 6)),  # cropped
+    (23, (64, 96), 16, 0, None),
+    (1, (64, 96), 16, 1, None),
+])
+def test_token_grid(length, image, stride, extra, grid):
+    assert token_grid(length, image, stride, extra) == grid
+
+
+@pytest.mark.parametrize('cfg, paths, channels, strides', [
+    (RESNET18, ['layer1', 'layer2', 'layer3', 'layer4'], [8, 16, 32, 64], [4, 8, 16, 32]),
+    (dict(type='ResNet', depth=18, base_channels=8, deep_stem=True, strides=(1, 2, 1, 1),
+          dilations=(1, 1, 2, 4)),
+     ['layer1', 'layer2', 'layer3', 'layer4'], [8, 16, 32, 64], [4, 8, 8, 8]),
+    (dict(type='ResNet', depth=50, base_channels=8, with_cp=True),
+     ['layer1', 'layer2', 'layer3', 'layer4'], [32, 64, 128, 256], [4, 8, 16, 32]),
+    (dict(type='ResNeXt', depth=50, groups=4, base_width=4),
+     ['layer1', 'layer2', 'layer3', 'layer4'], [256, 512, 1024, 2048], [4, 8, 16, 32]),
+    (dict(type='RegNet', arch='regnetx_400mf'),
+     ['layer1', 'layer2', 'layer3', 'layer4'], [32, 64, 160, 384], [4, 8, 16, 32]),
+    (dict(type='Res2Net', depth=50, scales=4, base_width=26),
+     ['layer1', 'layer2', 'layer3', 'layer4'], [256, 512, 1024, 2048], [4, 8, 16, 32]),
+    (SWIN, ['stages.0.blocks.0', 'stages.1.blocks.1', 'stages.2.blocks.0', 'stages.3'],
+     [16, 32, 64, 128], [4, 8, 16, 32]),
+    (dict(type='CSPDarknet', deepen_factor=0.33, widen_factor=0.25, out_indices=(2, 3, 4)),
+     ['stage1', 'stage2', 'stage3', 'stage4'], [32, 64, 128, 256], [4, 8, 16, 32]),
+])
+def test_auto(cfg, paths, channels, strides):
+    stages, remarks = find_stages(MODELS.build(dict(cfg)))
+    assert [s.path for s in stages] == paths
+    assert [s.channels for s in stages] == channels
+    assert [s.stride for s in stages] == strides
+    assert not remarks
+
+
+def test_a_stage_that_nothing_reads_is_left_out_and_named():
+    stages, remarks = find_stages(MODELS.build(dict(RESNET18, out_indices=(0, 1, 2))))
+    assert [s.path for s in stages] == ['layer1', 'layer2', 'layer3']
+    assert len(remarks) == 1
+    assert 'layer4 (64 channels)' in remarks[0]
+
+
+def test_the_dry_run_leaves_no_trace():
+    backbone = MODELS.build(dict(RESNET18, norm_eval=False))
+    backbone.train()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    modes = [m.training for m in backbone.modules()]
+    random_state = torch.get_rng_state()
+    find_stages(backbone)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert modes == [m.training for m in backbone.modules()] and True in modes
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+    assert not any(m._forward_hooks for m in backbone.modules())
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_paths_by_hand_run_in_order():
+    backbone = MODELS.build(dict(RESNET18))
+    stages, _ = find_stages(backbone, ['layer3', 'layer1.0'])
+    assert [(s.name, s.path, s.channels) for s in stages] == [('stage1', 'layer1.0', 8),
+                                                              ('stage2', 'layer3', 32)]
+
+
+class Flat(nn.Module):
+    """A backbone without blocks or feature maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+class Broken(nn.Module):
+
+    def forward(self, x):
+        raise RuntimeError('only on Sundays')
+
+
+@pytest.mark.parametrize('backbone, stages, error, match', [
+    (lambda: MODELS.build(dict(RESNET18)), ['layer9'], StageError,
+     "ResNet has no module 'layer9'.*layer1"),
+    (lambda: MODELS.build(dict(RESNET18)), 'layer1', StageError, "'auto' or a list"),
+    (lambda: MODELS.build(dict(RESNET18)), [1], TypeError, 'list of module paths'),
+    (lambda: MODELS.build(dict(RESNET18)), [], StageError, 'empty list'),
+    (Flat, 'auto', StageError, r'no stage was found in Flat; name them with stages=\[…\]'),
+    (Flat, ['fc'], StageError, "'fc' of Flat returns no feature map"),
+    (Broken, 'auto', StageError, 'Broken ran at none of .*64x96.*RuntimeError: only on Sundays'),
+])
+def test_errors(backbone, stages, error, match):
+    with pytest.raises(error, match=match):
+        find_stages(backbone(), stages)
+
+
+def test_no_stage_lists_candidates():
+
+    class Convs(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+            self.second = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+
+        def forward(self, x):
+            return (self.second(self.first(x)), )
+
+    with pytest.raises(StageError, match='modules that return feature maps: first, second'):
+        find_stages(Convs())
+    stages, _ = find_stages(Convs(), ['first', 'second'])
+    assert [(s.channels, s.stride) for s in stages] == [(4, 2), (8, 4)]

@@ -1,0 +1,94 @@
+"""Looks into slim prompt checkpoints, makes them, and turns them into full ones."""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from mmengine.config import DictAction
+
+from mmprotune import checkpoint
+from mmprotune.engine import launch
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    verbs = parser.add_subparsers(dest='verb', required=True)
+    verb = {}
+    for name, text in (('info', 'print what a checkpoint holds'),
+                       ('extract', 'make a slim checkpoint of a full one'),
+                       ('merge', 'make a full checkpoint of a slim one; without prompts in the '
+                        "stock model's own keys"),
+                       ('verify', "check a checkpoint against a config's backbone and head")):
+        verb[name] = verbs.add_parser(name, help=text, description=text)
+        if name in ('info', 'verify'):
+            verb[name].add_argument('--json', action='store_true', help='print JSON, on one line')
+        if name != 'info':
+            verb[name].add_argument('config', help='config of the prompted model')
+        verb[name].add_argument('checkpoint', help='local checkpoint file')
+        if name in ('extract', 'merge'):
+            verb[name].add_argument('out', help='file to write')
+            verb[name].add_argument('--force', action='store_true', help='replace OUT')
+        if name != 'info':
+            verb[name].add_argument(
+                '--cfg-options', nargs='+', action=DictAction, help='override keys of the config')
+    return parser.parse_args(argv)
+
+
+def _text(info: dict) -> str:
+    lines = [
+        f"{info['path']}: {info['kind']} checkpoint, {info['bytes']:,} bytes, "
+        f"{info['tensors']} tensors, {info['values']:,} values"
+    ]
+    if info['epoch'] is not None:
+        lines.append(f"  epoch {info['epoch']}, iteration {info['iter']}, "
+                     f"{'resumable' if info['resumable'] else 'no optimizer state'}")
+    for name, group in info['groups'].items():
+        lines.append(f"  {name:<32} {group['tensors']:>5} tensors {group['values']:>14,} values "
+                     f"{group['bytes']:>14,} bytes")
+    for name, fingerprint in info['fingerprints'].items():
+        lines.append(f'  {name or "model"}: fingerprint of the frozen backbone {fingerprint}')
+        known = info['backbones'].get(name)
+        if known:
+            lines.append(f"    {known['type']}, {known['frozen_tensors']} frozen tensors "
+                         f"({known['frozen_bytes']:,} bytes), last_stage={known['last_stage']}, "
+                         f"written by mmprotune {info['version']}")
+            lines += [
+                f"    {s['name']}: {s['path']}, {s['channels']} channels, stride {s['stride']:g}"
+                for s in known['stages']
+            ]
+    return '\n'.join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one verb.
+
+    Args:
+        argv (Sequence[str], optional): Arguments; None means the command line's.
+    """
+    args = parse_args(argv)
+    try:
+        if args.verb == 'info':
+            info = checkpoint.inspect(args.checkpoint)
+        else:
+            cfg = launch.load_config(args.config)
+            if args.cfg_options is not None:
+                cfg.merge_from_dict(args.cfg_options)
+            if args.verb == 'verify':
+                info = checkpoint.verify(args.checkpoint, cfg)
+            else:
+                write = checkpoint.extract if args.verb == 'extract' else checkpoint.merge
+                info = write(args.checkpoint, cfg, args.out, force=args.force)
+    except OSError as error:  # a missing or unwritable file, an output that exists
+        raise launch.LaunchError(str(error)) from error
+    if getattr(args, 'json', False):
+        print(json.dumps(info))
+        return
+    print(_text(info))
+    if args.verb == 'verify':
+        print('verify: ok')
+
+
+if __name__ == '__main__':
+    sys.exit(launch.run_tool(main))
