@@ -21,4 +21,4 @@ def check_environment() -> None:
     for name, found, minimum in (('torch', torch.__version__, MINIMUM_TORCH),
                                  ('mmengine', mmengine_version, MINIMUM_MMENGINE)):
         if digit_version(found) < digit_version(minimum):
-            raise ImportError(f'mmprotune needs {name}>={minimum}, but {name}=={found} is installed')
+            raise ImportError(f'mmprotune needs {name}>={minimum}, found {name}=={found}')

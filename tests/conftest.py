@@ -44,7 +44,7 @@ def _weights_of(cfg: dict, path: Path, seed: int) -> str:
     model = MODELS.build(copy.deepcopy(cfg))
     model.init_weights()
     with torch.no_grad():
-        for name, buffer in model.named_buffers():
+        for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.add_(torch.rand_like(buffer))
     torch.save(model.state_dict(), path)

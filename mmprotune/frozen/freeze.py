@@ -20,50 +20,52 @@ class FrozenTensorsChanged(RuntimeError):
 
 
 class FillRecorder:
-    """Records which parameters and buffers of a module a state dict fills.
+    """Records which parameters and buffers state dicts fill while the context is open.
 
-    Works for every way of loading that goes through ``_load_from_state_dict``: PyTorch's
-    ``load_state_dict``, MMEngine's, and what the backbones' own ``init_weights`` do with either.
-
-    Args:
-        module (nn.Module): The module whose loading is watched.
+    Works for every way of loading: PyTorch's ``load_state_dict``, MMEngine's, and what backbones do
+    with either in their constructor (timm's) or in ``init_weights``. All of them end in
+    ``nn.Module._load_from_state_dict``, which is watched meanwhile; nothing else would see loads of
+    modules that are only being built.
 
     Attributes:
-        filled (set[str]): Dotted names that a matching tensor was found for.
-        file_keys (list[str]): Keys of the last state dict that came, in its order.
-        loads (int): How many state dicts came.
+        file_shapes (dict[str, tuple]): Keys and shapes of the longest state dict that came, in its
+            order.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.filled: set[str] = set()
-        self.file_keys: list[str] = []
-        self.loads = 0
-        self._handles: list = []
+    def __init__(self) -> None:
+        self.file_shapes: dict[str, tuple[int, ...]] = {}
+        self._filled: dict[int, Tensor] = {}
 
     def __enter__(self) -> FillRecorder:
-        for path, module in self.module.named_modules():
-            self._handles.append(
-                module._register_load_state_dict_pre_hook(self._hook(path, module)))
+        self._original = original = nn.Module._load_from_state_dict
+        recorder = self
+
+        def watched(module, state_dict, prefix, *args, **kwargs):
+            if not prefix and len(state_dict) > len(recorder.file_shapes):
+                recorder.file_shapes = {
+                    k: tuple(v.shape) for k, v in state_dict.items() if isinstance(v, Tensor)}
+            result = original(module, state_dict, prefix, *args, **kwargs)
+            # Looked at afterwards: hooks may have resized a tensor to fit (position tables).
+            recorder._note(module, state_dict, prefix)
+            return result
+
+        nn.Module._load_from_state_dict = watched
         return self
 
     def __exit__(self, *exc_info) -> None:
-        for handle in self._handles:
-            handle.remove()
+        nn.Module._load_from_state_dict = self._original
 
-    def _hook(self, path: str, module: nn.Module):
-        local = f'{path}.' if path else ''
+    def _note(self, module: nn.Module, state_dict: dict, prefix: str) -> None:
+        for name, tensor in _own_tensors(module):
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Tensor) and value.shape == tensor.shape:
+                self._filled[id(tensor)] = tensor  # held, so that the id stays its own
 
-        def record(state_dict, prefix, *_):
-            if not path:
-                self.file_keys = list(state_dict)
-                self.loads += 1
-            for name, tensor in _own_tensors(module):
-                value = state_dict.get(prefix + name)
-                if isinstance(value, Tensor) and value.shape == tensor.shape:
-                    self.filled.add(local + name)
-
-        return record
+    def filled(self, module: nn.Module) -> set[str]:
+        """Dotted names of the parameters and buffers of ``module`` that were filled."""
+        tensors = (*module.named_parameters(remove_duplicate=False),
+                   *module.named_buffers(remove_duplicate=False))
+        return {name for name, tensor in tensors if id(tensor) in self._filled}
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

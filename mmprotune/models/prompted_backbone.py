@@ -147,7 +147,8 @@ class PromptedBackbone(BaseModule):
         """Builds the backbone with its weights; the names its file filled (None: no file)."""
         if init_cfg is not None and not _names_file(init_cfg):
             raise ValueError(f"init_cfg must be of type 'Pretrained' or None, got {init_cfg!r}")
-        has_file = bool(cfg.get('pretrained')) or _names_file(cfg.get('init_cfg'))
+        has_file = _names_file(cfg.get('init_cfg')) or any(
+            cfg.get(key) for key in ('pretrained', 'checkpoint_path'))
         if not has_file and pretrained is not None:
             init_cfg = dict(type='Pretrained', checkpoint=pretrained)
         if not has_file and init_cfg is not None:
@@ -162,34 +163,38 @@ class PromptedBackbone(BaseModule):
         # The wrapper freezes; the host's own freezing in train() must not undo `trainable`.
         if 'frozen_stages' in cfg:
             cfg['frozen_stages'] = -1
-        backbone = MODELS.build(cfg)
-        if getattr(backbone, 'frozen_stages', -1) != -1:
-            backbone.frozen_stages = -1
-        if not hasattr(backbone, 'init_weights'):
-            return backbone, None
-        with FillRecorder(backbone) as recorder, _quiet():
-            backbone.init_weights()
+        with FillRecorder() as recorder, _quiet():
+            backbone = MODELS.build(cfg)
+            if getattr(backbone, 'frozen_stages', -1) != -1:
+                backbone.frozen_stages = -1
+            if hasattr(backbone, 'init_weights'):
+                backbone.init_weights()
         if not has_file:
             return backbone, None
-        self._check_filled(backbone, recorder)
-        return backbone, recorder.filled
+        filled = recorder.filled(backbone)
+        self._check_filled(backbone, filled, recorder.file_shapes)
+        return backbone, filled
 
-    def _check_filled(self, backbone: nn.Module, recorder: FillRecorder) -> None:
+    @staticmethod
+    def _check_filled(backbone: nn.Module, filled: set[str], file: dict[str, tuple]) -> None:
         names = [n for n, _ in backbone.named_parameters()]
-        filled = sum(n in recorder.filled for n in names)
-        if filled >= MINIMUM_FILLED * len(names):
+        count = sum(n in filled for n in names)
+        if count >= MINIMUM_FILLED * len(names):
             return
-        wanted = list(backbone.state_dict())
+        wanted = {k: tuple(t.shape) for k, t in backbone.state_dict().items()}
         hint = ''
-        for prefix in {k.split('.')[0] + '.' for k in recorder.file_keys}:
-            if sum(prefix + k in set(recorder.file_keys) for k in wanted) > len(wanted) / 2:
+        for prefix in {k.split('.')[0] + '.' for k in file}:
+            if sum(prefix + k in file for k in wanted) > len(wanted) / 2:
                 hint = f'; backbone.init_cfg.prefix={prefix!r} would fit'
-        file = getattr(backbone, 'init_cfg', None)
+        shapes = [f'{k} (file {file[k]}, backbone {shape})' for k, shape in wanted.items()
+                  if file.get(k, shape) != shape]
+        if shapes:
+            hint += f'; shapes that differ: {", ".join(shapes[:3])}'
         raise PretrainedFileError(
-            f'the pre-trained file fills {filled} of {len(names)} parameters of '
+            f'the pre-trained file fills {count} of {len(names)} parameters of '
             f'{type(backbone).__name__}, expected at least {MINIMUM_FILLED:.0%}{hint}. '
-            f'backbone.init_cfg: {file}. Keys of the file begin with '
-            f'{recorder.file_keys[:3]}, those of the backbone with {wanted[:3]}')
+            f"backbone.init_cfg: {getattr(backbone, 'init_cfg', None)}. Keys of the file begin "
+            f'with {list(file)[:3]}, those of the backbone with {list(wanted)[:3]}')
 
     def _freeze_backbone(self, filled: set[str] | None) -> None:
         keep = []
@@ -207,12 +212,13 @@ class PromptedBackbone(BaseModule):
         found, remarks = find_stages(self.backbone, stages)
         for remark in remarks:
             print_log(remark, logger='current', level=logging.WARNING)
+        last = found[-1].path
         if self.last_stage == 'none':
-            found = found[:-1]
+            found = [stage for stage in found if stage.path != last]
         modules = dict(self.backbone.named_modules())
         for stage in found:
             cfg = dict(prompt, channels=stage.channels)
-            if self.last_stage == 'serial' and stage is found[-1]:
+            if self.last_stage == 'serial' and stage.path == last:
                 if cfg.get('zero_init') or cfg.get('scale') == 0:
                     raise ValueError("last_stage='serial' passes on the last prompt alone: "
                                      'prompt.zero_init=True or prompt.scale=0 would kill the '
@@ -223,7 +229,7 @@ class PromptedBackbone(BaseModule):
             self.stages.append(stage)
             modules[stage.path].register_forward_hook(_Tap(self, stage), with_kwargs=True)
         if not self.stages:
-            raise ValueError(f'no prompt is left: {len(found) or 1} stage and '
+            raise ValueError(f'no prompt is left: {last} is the only stage and '
                              f'last_stage={self.last_stage!r}; prompt=None is the way to have none')
 
     # --- forward ------------------------------------------------------------------------------
@@ -259,7 +265,7 @@ class PromptedBackbone(BaseModule):
             self._norms[stage.name] = (prompt.detach().float().norm(),
                                        feature.detach().float().norm())
         prompt = restore(prompt)
-        if self.last_stage == 'serial' and stage is self.stages[-1]:
+        if self.last_stage == 'serial' and stage.path == self.stages[-1].path:
             return prompt
         return x + prompt
 

@@ -6,8 +6,9 @@ ends a stage. Nothing here knows any particular backbone.
 """
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ DRY_RUN_SIZES = ((64, 96), (128, 192), (224, 224), (256, 256), (384, 384))
 # A plain stack of blocks at one resolution (a ViT) is cut into this many groups.
 PLAIN_GROUPS = 4
 _MAX_EXTRA_TOKENS = 16
+_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,10 @@ class Layout:
 class Stage:
     """One stage end.
 
+    A stage whose module returns several features (the branches of an HRNet) has one entry each.
+
     Attributes:
-        name (str): 'stage1', 'stage2', …
+        name (str): 'stage1', 'stage2', …; 'stage2_0', 'stage2_1', … where there are several.
         path (str): Dotted path of the module whose output is the stage's feature.
         index (int, optional): Position in that output when it is a tuple or list.
         layout (Layout): Layout of the feature.
@@ -138,10 +142,9 @@ def _round_stride(stride: float) -> float:
 
 @dataclass
 class _Call:
-    """The one call of a module in the dry run; ``nodes`` are the autograd nodes of its tensors."""
+    """The one call of a module in the dry run: when it ended, and the tensors it returned."""
     order: int
     tensors: dict[int | None, Tensor]
-    nodes: dict[int | None, object]
 
 
 @dataclass
@@ -149,8 +152,6 @@ class _Trace:
     image: tuple[int, int]
     batch: int
     calls: dict[str, _Call]
-    upstream: set[int]  # ids of the autograd nodes that the outputs depend on
-    keep_alive: list
 
     def maps(self, path: str) -> dict[int | None, Layout]:
         """Layouts of the features that the module at ``path`` returned; by output index."""
@@ -159,10 +160,6 @@ class _Trace:
             return {}
         found = ((i, describe(t, self.image, self.batch)) for i, t in call.tensors.items())
         return {i: layout for i, layout in found if layout is not None}
-
-    def is_read(self, path: str, index: int | None) -> bool:
-        """Whether an output of the backbone depends on this tensor."""
-        return id(self.calls[path].nodes.get(index)) in self.upstream
 
 
 def _tensors(output) -> dict[int | None, Tensor]:
@@ -184,55 +181,92 @@ def _flatten(output) -> Iterator[Tensor]:
             yield from _flatten(item)
 
 
-def _trace(backbone: nn.Module, image: tuple[int, int], batch: int = 2) -> _Trace:
-    """Runs the backbone once on noise, in eval mode, and records what each module returned."""
-    calls: dict[str, _Call] = {}
-    repeated: set[str] = set()
-    keep_alive: list = []
-    handles = []
-
-    def hook(path):
-
-        def record(module, args, output):
-            tensors = _tensors(output)
-            keep_alive.append(output)
-            if path in calls:
-                repeated.add(path)
-            nodes = {i: t.grad_fn for i, t in tensors.items()}
-            calls[path] = _Call(len(keep_alive), tensors, nodes)
-
-        return record
-
+@contextlib.contextmanager
+def _dry(backbone: nn.Module, image: tuple[int, int], hook: Callable[[str], Callable]):
+    """Eval mode and a forward hook on every submodule; yields a function that runs the backbone on
+    noise. Everything is as before afterwards, the state of the random generator included."""
     modes = {m: m.training for m in backbone.modules()}
-    first = next(backbone.parameters(), None)
-    device = torch.device('cpu') if first is None else first.device
-    dtype = first.dtype if first is not None and first.is_floating_point() else torch.float32
+    handles = [
+        module.register_forward_hook(hook(path)) for path, module in backbone.named_modules()
+        if path
+    ]
+    first = next(backbone.parameters(), torch.zeros(0))
+    dtype = first.dtype if first.is_floating_point() else torch.float32
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(batch, 3, *image, generator=generator).to(device, dtype)
+    inputs = torch.randn(_BATCH, 3, *image, generator=generator).to(first.device, dtype)
     try:
-        for path, module in backbone.named_modules():
-            if path:
-                handles.append(module.register_forward_hook(hook(path)))
         backbone.eval()
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            outputs = list(_flatten(backbone(inputs.requires_grad_(True))))
+        with torch.random.fork_rng(devices=[]):
+            yield lambda: backbone(inputs)
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
+
+
+def _trace(backbone: nn.Module, image: tuple[int, int]) -> _Trace:
+    """Runs the backbone once and records what each module returned."""
+    calls: dict[str, _Call] = {}
+    repeated: set[str] = set()
+
+    def hook(path):
+
+        def record(module, args, output):
+            if path in calls:
+                repeated.add(path)
+            # Holding on to the tensors keeps their identities from being given out again.
+            calls[path] = _Call(len(calls), _tensors(output))
+
+        return record
+
+    with _dry(backbone, image, hook) as run, torch.no_grad():
+        run()
     for path in repeated:  # a module that runs twice ends no stage
         del calls[path]
+    return _Trace(image, _BATCH, calls)
 
-    upstream: set[int] = set()
-    queue = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    while queue:
-        node = queue.pop()
-        if id(node) not in upstream:
-            upstream.add(id(node))
-            keep_alive.append(node)
-            queue += [n for n, _ in node.next_functions if n is not None]
-    return _Trace(image, batch, calls, upstream, keep_alive)
+
+def _read(backbone: nn.Module, trace: _Trace, ends: Iterable[str]) -> set[tuple[str, int | None]]:
+    """Which of the features at the stage ends an output of the backbone depends on: a zero that
+    requires a gradient is added to each, and looked for in the graph behind the outputs."""
+    ends = set(ends)
+    zeros: dict[int, tuple[str, int | None]] = {}
+    keep_alive: list = []
+
+    def hook(path):
+
+        def add(module, args, output):
+            if path not in ends:
+                return None
+
+            def marked(index, tensor):
+                zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device, requires_grad=True)
+                zeros[id(zero)] = (path, index)
+                keep_alive.append(zero)
+                return tensor + zero
+
+            if isinstance(output, Tensor):
+                return marked(None, output)
+            maps = trace.maps(path)
+            new = {id(output[i]): marked(i, output[i]) for i in maps}
+            return type(output)(new.get(id(item), item) for item in output)
+
+        return add
+
+    with _dry(backbone, trace.image, hook) as run, torch.enable_grad():
+        nodes = [t.grad_fn for t in _flatten(run()) if t.grad_fn is not None]
+    found, seen = set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, 'variable', None)
+        if leaf is not None and id(leaf) in zeros:
+            found.add(zeros[id(leaf)])
+        nodes += [n for n, _ in node.next_functions if n is not None]
+    return found
 
 
 def dry_run(backbone: nn.Module) -> _Trace:
@@ -266,12 +300,16 @@ def dry_run(backbone: nn.Module) -> _Trace:
 
 @dataclass(frozen=True)
 class _Unit:
-    """A module on the way through the backbone, and one feature it returned."""
+    """A module on the way through the backbone, and the features it returned, by output index."""
     path: str
-    index: int | None
-    layout: Layout
+    maps: dict[int | None, Layout]
     order: int
     is_block: bool
+
+    @property
+    def levels(self) -> tuple[tuple[float, int], ...]:
+        """Stride and channels of each feature: what tells one stage from the next."""
+        return tuple((layout.stride, layout.channels) for layout in self.maps.values())
 
 
 def _is_block(path: str, module: nn.Module) -> bool:
@@ -294,6 +332,23 @@ def _stack_strides(path: str, module: nn.Module, trace: _Trace) -> set[float]:
     return strides
 
 
+def _is_wrapper(path: str, module: nn.Module, trace: _Trace) -> bool:
+    """Whether stages end inside the module, not where it returns: it holds stacks of blocks, and
+    down-samples after them or hands on what they return one after another."""
+    stacks = _stack_strides(path, module, trace)
+    maps = trace.maps(path)
+    if not stacks:
+        return False
+    if stacks != {layout.stride for layout in maps.values()}:
+        return True
+    inside = {
+        id(t)
+        for p, call in trace.calls.items() if p.startswith(f'{path}.')
+        for t in call.tensors.values()
+    }
+    return len(maps) > 1 and any(id(trace.calls[path].tensors[i]) in inside for i in maps)
+
+
 def _units(module: nn.Module, path: str, trace: _Trace) -> Iterator[_Unit]:
     for name, child in module.named_children():
         inner = f'{path}.{name}' if path else name
@@ -301,27 +356,33 @@ def _units(module: nn.Module, path: str, trace: _Trace) -> Iterator[_Unit]:
         if inner not in trace.calls or isinstance(child, (nn.Sequential, nn.ModuleList)):
             yield from _units(child, inner, trace)
             continue
-        stacks = _stack_strides(inner, child, trace)
-        if stacks and stacks != {layout.stride for layout in maps.values()}:
-            # The module's output is not where its blocks end (a downsampling inside, a wrapper).
+        if _is_wrapper(inner, child, trace):
             yield from _units(child, inner, trace)
             continue
         call = trace.calls[inner]
-        for index, layout in maps.items():
-            yield _Unit(inner, index, layout, call.order, _is_block(inner, child))
+        # A tensor that is returned twice (as the feature and for the next stage) counts once.
+        once = {id(call.tensors[i]): i for i in maps}
+        maps = {i: layout for i, layout in maps.items() if i in once.values()}
+        if maps:
+            yield _Unit(inner, maps, call.order, _is_block(inner, child))
 
 
-def _outermost(unit: _Unit, trace: _Trace) -> tuple[str, int | None]:
-    """The outermost module that returns the very tensor of ``unit``: the stage itself."""
-    tensor = trace.calls[unit.path].tensors[unit.index]
-    path, index = unit.path, unit.index
-    parts = unit.path.split('.')
+def _blocks(module: nn.Module, path: str, trace: _Trace) -> list[_Unit]:
+    """The blocks inside a module, in the order in which they run."""
+    return sorted((u for u in _units(module, path, trace) if u.is_block), key=lambda u: u.order)
+
+
+def _outermost(path: str, trace: _Trace) -> str:
+    """The outermost module that returns the very tensors of the one at ``path``."""
+    tensors = trace.calls[path].tensors
+    parts = path.split('.')
     for n in range(len(parts) - 1, 0, -1):
         parent = '.'.join(parts[:n])
         call = trace.calls.get(parent)
-        if call is not None and list(call.tensors) == [None] and call.tensors[None] is tensor:
-            path, index = parent, None
-    return path, index
+        if call is not None and call.tensors.keys() == tensors.keys() and all(
+                call.tensors[i] is t for i, t in tensors.items()):
+            path = parent
+    return path
 
 
 def find_stages(backbone: nn.Module,
@@ -350,67 +411,63 @@ def find_stages(backbone: nn.Module,
         modules = dict(backbone.named_modules())
         for path in stages:
             if path not in modules:
+                children = _names(n for n, _ in backbone.named_children())
                 raise StageError(f'stages: {type(backbone).__name__} has no module {path!r}; '
-                                 f'its children are {_names(n for n, _ in backbone.named_children())}')
+                                 f'its children are {children}')
         if not stages:
             raise StageError('stages is an empty list; prompt=None is the way to have no prompts')
     trace = dry_run(backbone)
     remarks: list[str] = []
     if isinstance(stages, str):
-        found = _auto(backbone, trace, remarks)
+        found = _auto(backbone, trace)
     else:
-        found = []
+        found = {}
         for path in stages:
-            maps = trace.maps(path)
-            if not maps:
+            found[path] = trace.maps(path)
+            if not found[path]:
                 raise StageError(
                     f'stages: {path!r} of {type(backbone).__name__} returns no feature map; '
                     f'modules that do: {_names(_candidates(trace))}')
-            index = min(maps, key=lambda i: -1 if i is None else i)
-            found.append((trace.calls[path].order, path, index, maps[index]))
-        found = sorted(found, key=lambda f: f[0])
-        found = [f[1:] for f in found]
-    return [
-        Stage(f'stage{n}', path, index, layout)
-        for n, (path, index, layout) in enumerate(found, start=1)
-    ], remarks
+    read = _read(backbone, trace, found)
+    result: list[Stage] = []
+    number = 0
+    for path in sorted(found, key=lambda p: trace.calls[p].order):
+        maps = {i: layout for i, layout in found[path].items() if (path, i) in read}
+        for index, layout in found[path].items():
+            if index not in maps:
+                which = path if index is None else f'{path}[{index}]'
+                remarks.append(f'{which} ({layout.channels} channels) gets no prompt: no output of '
+                               f'{type(backbone).__name__} depends on it')
+        number += bool(maps)
+        for index, layout in maps.items():
+            name = f'stage{number}' if len(maps) == 1 else f'stage{number}_{index}'
+            result.append(Stage(name, path, index, layout))
+    if not result:
+        raise StageError(f'stages: no output of {type(backbone).__name__} depends on any stage '
+                         f'that was found: {_names(found)}')
+    return result, remarks
 
 
-def _auto(backbone: nn.Module, trace: _Trace,
-          remarks: list[str]) -> list[tuple[str, int | None, Layout]]:
-    units = sorted(_units(backbone, '', trace), key=lambda u: u.order)
-    blocks = [u for u in units if u.is_block]
+def _auto(backbone: nn.Module, trace: _Trace) -> dict[str, dict[int | None, Layout]]:
+    blocks = _blocks(backbone, '', trace)
+    while len(blocks) == 1:  # one module around everything, as timm's models in their wrappers
+        inside = _blocks(backbone.get_submodule(blocks[0].path), blocks[0].path, trace)
+        if len(inside) < 2 or not _stack_strides(
+                blocks[0].path, backbone.get_submodule(blocks[0].path), trace):
+            break
+        blocks = inside
     if not blocks:
         raise StageError(
             f'stages: no stage was found in {type(backbone).__name__}; name them with '
             f'stages=[…]; modules that return feature maps: {_names(_candidates(trace))}')
     groups: list[list[_Unit]] = []
     for unit in blocks:
-        if groups and _level(groups[-1][-1]) == _level(unit):
+        if groups and groups[-1][-1].levels == unit.levels:
             groups[-1].append(unit)
         else:
             groups.append([unit])
-    ends = []
-    if len(groups) == 1:
-        ends = _plain_ends(backbone, groups[0])
-    else:
-        ends = [group[-1] for group in groups]
-    found = []
-    for unit in ends:
-        path, index = _outermost(unit, trace)
-        if trace.is_read(unit.path, unit.index):
-            found.append((path, index, unit.layout))
-        else:
-            remarks.append(f'{path} ({unit.layout.channels} channels) gets no prompt: no output of '
-                           f'{type(backbone).__name__} depends on it')
-    if not found:
-        raise StageError(f'stages: no output of {type(backbone).__name__} depends on any stage '
-                         f'that was found: {_names(u.path for u in ends)}')
-    return found
-
-
-def _level(unit: _Unit) -> tuple[float, int]:
-    return unit.layout.stride, unit.layout.channels
+    ends = _plain_ends(backbone, blocks) if len(groups) == 1 else [group[-1] for group in groups]
+    return {_outermost(unit.path, trace): unit.maps for unit in ends}
 
 
 def _plain_ends(backbone: nn.Module, blocks: list[_Unit]) -> list[_Unit]:

@@ -50,17 +50,28 @@ def test_freeze_again_follows_the_new_rule():
 
 
 def test_fill_recorder_sees_what_fits():
-    net = network()
-    state = net.state_dict()
+    original = nn.Module._load_from_state_dict
+    state = network().state_dict()
     del state['0.bias']
     state['1.weight'] = torch.zeros(9)
     state['fc.weight'] = torch.zeros(1)
-    with FillRecorder(net) as recorder, pytest.raises(RuntimeError, match='size mismatch'):
-        net.load_state_dict(state, strict=False)
-    assert recorder.filled == set(network().state_dict()) - {'0.bias', '1.weight'}
-    assert 'fc.weight' in recorder.file_keys
-    assert recorder.loads == 1
-    assert not any(m._load_state_dict_pre_hooks for m in net.modules())
+
+    class Built(nn.Module):
+        """Loads in its constructor, as timm's models do."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+            with pytest.raises(RuntimeError, match='size mismatch'):
+                self.net.load_state_dict(state, strict=False)
+
+    with FillRecorder() as recorder:
+        built = Built()
+    assert nn.Module._load_from_state_dict is original
+    assert recorder.filled(built) == {
+        f'net.{k}' for k in network().state_dict()} - {'net.0.bias', 'net.1.weight'}
+    assert recorder.file_shapes == {k: tuple(v.shape) for k, v in state.items()}
+    assert not recorder.filled(network())
 
 
 def test_digest_depends_on_every_part():

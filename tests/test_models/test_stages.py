@@ -53,7 +53,7 @@ def test_token_grid(length, image, stride, extra, grid):
      ['layer1', 'layer2', 'layer3', 'layer4'], [32, 64, 160, 384], [4, 8, 16, 32]),
     (dict(type='Res2Net', depth=50, scales=4, base_width=26),
      ['layer1', 'layer2', 'layer3', 'layer4'], [256, 512, 1024, 2048], [4, 8, 16, 32]),
-    (SWIN, ['stages.0.blocks.0', 'stages.1.blocks.1', 'stages.2.blocks.0', 'stages.3'],
+    (SWIN, ['stages.0.blocks.0', 'stages.1.blocks.1', 'stages.2.blocks.0', 'stages.3.blocks.0'],
      [16, 32, 64, 128], [4, 8, 16, 32]),
     (dict(type='CSPDarknet', deepen_factor=0.33, widen_factor=0.25, out_indices=(2, 3, 4)),
      ['stage1', 'stage2', 'stage3', 'stage4'], [32, 64, 128, 256], [4, 8, 16, 32]),
