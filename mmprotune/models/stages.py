@@ -114,14 +114,20 @@ def describe(tensor: Tensor, image: tuple[int, int], batch: int) -> Layout | Non
     if not torch.is_floating_point(tensor) or tensor.dim() not in (3, 4) or len(tensor) != batch:
         return None
     if tensor.dim() == 4:
+        options = []
         for kind, (h, w), channels in (('NCHW', tensor.shape[2:], tensor.shape[1]),
                                        ('NHWC', tensor.shape[1:3], tensor.shape[3])):
-            if h > image[0] or w > image[1] or h < 1 or w < 1:
+            if not (1 <= h <= image[0] and 1 <= w <= image[1]):
                 continue
             stride = _round_stride(math.sqrt(image[0] / h * image[1] / w))
             if all(abs(n - side / stride) < 1.5 for n, side in ((h, image[0]), (w, image[1]))):
-                return Layout(kind, channels, stride)
-        return None
+                # The image's proportions tell which two axes are the spatial ones.
+                skew = abs(math.log(image[0] / h * w / image[1]))
+                options.append((skew, kind, channels, stride))
+        if not options:
+            return None
+        _, kind, channels, stride = min(options, key=lambda option: option[0])
+        return Layout(kind, channels, stride)
     length, channels = tensor.shape[1:]
     for extra in range(_MAX_EXTRA_TOKENS + 1):
         for stride in (1, 2, 4, 7, 8, 14, 16, 28, 32, 64):
