@@ -20,7 +20,8 @@ from mmprotune.frozen import FillRecorder, fingerprint, freeze, frozen_tensors, 
 from mmprotune.frozen.freeze import OPTIONAL_BUFFERS
 from mmprotune.registry import MODELS
 
-from .stages import Stage, find_stages, token_grid
+from .layout import token_grid
+from .stages import Stage, find_stages
 
 # A pre-trained file that fills less of the backbone than this is the wrong file.
 MINIMUM_FILLED = 0.9

@@ -92,8 +92,8 @@ def test_channels_last_by_hand():
 def test_tokens_that_fit_no_grid():
     model = prompted(dict(type='ToyTokens'))
     model._image = (48, 80)
-    with pytest.raises(ValueError, match=r'ToyTokens\.blocks\.0: 17 tokens with 0 extra ones fit no '
-                       r'grid of stride 16 on images of \(48, 80\).*shape \(1, 17, 8\)'):
+    with pytest.raises(ValueError, match=r'ToyTokens\.blocks\.0: 17 tokens with 0 extra ones fit '
+                       r'no grid of stride 16 on images of \(48, 80\).*shape \(1, 17, 8\)'):
         model.apply_prompt(model.stages[0], torch.zeros(1, 17, 8))
 
 

@@ -3,7 +3,8 @@ import torch
 from mmdet.registry import MODELS
 from torch import nn
 
-from mmprotune.models.stages import Layout, StageError, describe, find_stages, token_grid
+from mmprotune.models.layout import Layout, describe, token_grid
+from mmprotune.models.stages import StageError, find_stages
 from tests.conftest import RESNET18
 
 SWIN = dict(type='SwinTransformer', embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8))

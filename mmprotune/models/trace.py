@@ -1,0 +1,176 @@
+"""A dry run of a backbone: what each of its modules returns, and what its outputs depend on."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .layout import Layout, describe
+
+# Image sizes (H, W) tried in turn: not square first, which tells height from width.
+DRY_RUN_SIZES = ((64, 96), (128, 192), (224, 224), (256, 256), (384, 384))
+_BATCH = 2
+
+
+class StageError(ValueError):
+    """The stages of a backbone cannot be found."""
+
+
+@dataclass
+class _Call:
+    """The one call of a module in the dry run: when it ended, and the tensors it returned."""
+    order: int
+    tensors: dict[int | None, Tensor]
+
+
+@dataclass
+class Trace:
+    """The calls of one dry run, by module path."""
+    image: tuple[int, int]
+    batch: int
+    calls: dict[str, _Call]
+
+    def maps(self, path: str) -> dict[int | None, Layout]:
+        """Layouts of the features that the module at ``path`` returned; by output index."""
+        call = self.calls.get(path)
+        if call is None:
+            return {}
+        found = ((i, describe(t, self.image, self.batch)) for i, t in call.tensors.items())
+        return {i: layout for i, layout in found if layout is not None}
+
+
+def _tensors(output) -> dict[int | None, Tensor]:
+    if isinstance(output, Tensor):
+        return {None: output}
+    if isinstance(output, (tuple, list)):
+        return {i: t for i, t in enumerate(output) if isinstance(t, Tensor)}
+    return {}
+
+
+def _flatten(output) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for item in output:
+            yield from _flatten(item)
+    elif isinstance(output, dict):
+        for item in output.values():
+            yield from _flatten(item)
+
+
+@contextlib.contextmanager
+def _dry(backbone: nn.Module, image: tuple[int, int], hook: Callable[[str], Callable]):
+    """Eval mode and a forward hook on every submodule; yields a function that runs the backbone on
+    noise. Everything is as before afterwards, the state of the random generator included."""
+    modes = {m: m.training for m in backbone.modules()}
+    handles = [
+        module.register_forward_hook(hook(path)) for path, module in backbone.named_modules()
+        if path
+    ]
+    first = next(backbone.parameters(), torch.zeros(0))
+    dtype = first.dtype if first.is_floating_point() else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(_BATCH, 3, *image, generator=generator).to(first.device, dtype)
+    try:
+        backbone.eval()
+        with torch.random.fork_rng(devices=[]):
+            yield lambda: backbone(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _record(backbone: nn.Module, image: tuple[int, int]) -> Trace:
+    """Runs the backbone once and records what each module returned."""
+    calls: dict[str, _Call] = {}
+    repeated: set[str] = set()
+
+    def hook(path):
+
+        def record(module, args, output):
+            if path in calls:
+                repeated.add(path)
+            # Holding on to the tensors keeps their identities from being given out again.
+            calls[path] = _Call(len(calls), _tensors(output))
+
+        return record
+
+    with _dry(backbone, image, hook) as run, torch.no_grad():
+        run()
+    for path in repeated:  # a module that runs twice ends no stage
+        del calls[path]
+    return Trace(image, _BATCH, calls)
+
+
+def read_features(backbone: nn.Module, trace: Trace,
+                  ends: Iterable[str]) -> set[tuple[str, int | None]]:
+    """Which of the features at the stage ends an output of the backbone depends on: a zero that
+    requires a gradient is added to each, and looked for in the graph behind the outputs."""
+    ends = set(ends)
+    zeros: dict[int, tuple[str, int | None]] = {}
+    keep_alive: list = []
+
+    def hook(path):
+
+        def add(module, args, output):
+            if path not in ends:
+                return None
+
+            def marked(index, tensor):
+                zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device, requires_grad=True)
+                zeros[id(zero)] = (path, index)
+                keep_alive.append(zero)
+                return tensor + zero
+
+            if isinstance(output, Tensor):
+                return marked(None, output)
+            maps = trace.maps(path)
+            new = {id(output[i]): marked(i, output[i]) for i in maps}
+            return type(output)(new.get(id(item), item) for item in output)
+
+        return add
+
+    with _dry(backbone, trace.image, hook) as run, torch.enable_grad():
+        nodes = [t.grad_fn for t in _flatten(run()) if t.grad_fn is not None]
+    found, seen = set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, 'variable', None)
+        if leaf is not None and id(leaf) in zeros:
+            found.add(zeros[id(leaf)])
+        nodes += [n for n, _ in node.next_functions if n is not None]
+    return found
+
+
+def dry_run(backbone: nn.Module) -> Trace:
+    """Runs the backbone on the first image size that it accepts.
+
+    Args:
+        backbone (nn.Module): Takes images of shape (N, 3, H, W).
+
+    Raises:
+        StageError: No size runs; says the last error.
+    """
+    sizes = list(DRY_RUN_SIZES)
+    fixed = getattr(backbone, 'img_size', None) or getattr(backbone, 'image_size', None)
+    if fixed is not None:
+        fixed = (fixed, fixed) if isinstance(fixed, int) else tuple(fixed)[-2:]
+        sizes.insert(0, fixed)
+    error: Exception | None = None
+    for image in sizes:
+        try:
+            return _record(backbone, image)
+        except Exception as e:  # any failure means: not at this size
+            error = e
+    raise StageError(
+        f'backbone: {type(backbone).__name__} ran at none of the image sizes '
+        f'{", ".join(f"{h}x{w}" for h, w in sizes)}; the last error: '
+        f'{type(error).__name__}: {error}')
