@@ -1,0 +1,399 @@
+"""What the command-line tools share: reading a config, setting up processes, building a Runner."""
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import importlib.util
+import logging
+import os
+import os.path as osp
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from urllib.error import URLError
+
+import torch
+import torch.distributed as torch_dist
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.dist import is_distributed
+from mmengine.hub import get_config
+from mmengine.logging import MMLogger
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.registry import MODEL_WRAPPERS as ROOT_MODEL_WRAPPERS
+from mmengine.registry import RUNNERS, Registry
+from mmengine.runner import Runner, find_latest_checkpoint
+
+# mmcv's names of the layer that synchronises batch statistics between processes.
+SYNC_BN_TYPES = ('SyncBN', 'MMSyncBN')
+CPU_WRAPPER = 'mmprotune.CPUDistributedDataParallel'
+
+MODEL_WRAPPERS = Registry(
+    'model_wrapper',
+    parent=ROOT_MODEL_WRAPPERS,
+    scope='mmprotune',
+    locations=['mmprotune.engine.launch'])
+
+
+class LaunchError(ValueError):
+    """A command line or a config key that a tool cannot act on. Printed without a traceback."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that training and testing have in common."""
+    parser.add_argument(
+        'config', help='config file, or the name of an installed one: mmdet::retinanet/…_coco.py')
+    parser.add_argument('--work-dir', help='directory of logs and checkpoints')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override keys of the config: key=value, key=a,b or key="[a,b]"; nested lists and '
+        'tuples too, e.g. key="[(a,b),(c,d)]" (quoted, without blanks)')
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes were started')
+    # Older launchers of PyTorch hand the rank over as an argument instead of LOCAL_RANK.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def run_tool(main: Callable[[], None]) -> int:
+    """Runs a tool's main function; errors that name their cause are printed in one message.
+
+    With the environment variable ``MMPROTUNE_DEBUG=1`` they keep their traceback. All other errors
+    (a registry's, a dataset's) are the host's, and pass.
+
+    Args:
+        main (Callable): The function.
+
+    Returns:
+        int: Exit status, 0 or 1.
+    """
+    from mmprotune.checkpoint import CheckpointError
+    from mmprotune.models.prompted_backbone import PretrainedFileError
+    from mmprotune.models.stages import StageError
+    try:
+        main()
+    except (CheckpointError, LaunchError, PretrainedFileError, StageError, URLError) as error:
+        if os.environ.get('MMPROTUNE_DEBUG') == '1':
+            raise
+        if isinstance(error, URLError):
+            error = (f'a file that the config names by its address could not be downloaded: {error}'
+                     f'; a copy in {osp.join(torch.hub.get_dir(), "checkpoints")} is used as well')
+        # One write: lines of several processes must not mix.
+        sys.stderr.write(f'{osp.basename(sys.argv[0])}: error: {error}\n')
+        return 1
+    if is_distributed():
+        torch_dist.destroy_process_group()
+    return 0
+
+
+def load_config(name: str) -> Config:
+    """Reads a config file, or one that an installed OpenMMLab library ships.
+
+    Args:
+        name (str): A path, or ``package::path/in/configs.py``.
+
+    Returns:
+        Config: The config.
+
+    Raises:
+        LaunchError: There is no such file, package or config.
+    """
+    with warnings.catch_warnings():
+        # MMEngine looks `package::` up with pkg_resources, several times a config.
+        warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+        if '::' not in name:
+            if not osp.isfile(name):
+                raise LaunchError(f'config: no file {name!r}')
+            return Config.fromfile(name)
+
+        package = name.partition('::')[0]
+        # get_config would go and install a package that is missing.
+        if importlib.util.find_spec(package) is None:
+            raise LaunchError(f'config {name!r}: the package {package!r} is not installed')
+        try:
+            return get_config(name if name.endswith('.py') else f'{name}.py')
+        except (AssertionError, FileNotFoundError) as error:
+            raise LaunchError(f'config {name!r} is not shipped by {package!r}: {error}') from error
+
+
+def wrap_config(cfg: Config) -> Config:
+    """Acts on ``--protune``: :func:`mmprotune.protune`, with its errors named after the flag."""
+    from mmprotune.models import protune
+    try:
+        return protune(cfg)
+    except (TypeError, ValueError) as error:
+        raise LaunchError(f'--protune: {error}') from error
+
+
+def set_work_dir(cfg: Config, args: argparse.Namespace, suffix: str = '') -> None:
+    """Sets ``cfg.work_dir``: the argument, else the config's, else one named after the config."""
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        stem = osp.splitext(osp.basename(args.config.rpartition('::')[2]))[0]
+        cfg.work_dir = osp.join('work_dirs', stem + suffix)
+
+
+def check_checkpoint_path(option: str, path: str) -> None:
+    """Raises :class:`LaunchError` when a local checkpoint file does not exist."""
+    if '://' not in path and not osp.isfile(osp.expanduser(path)):
+        raise LaunchError(f'{option}: no file {path!r}')
+
+
+def set_resume(cfg: Config, resume: str | None) -> None:
+    """Acts on ``--resume``.
+
+    Args:
+        cfg (Config): The config; ``work_dir`` is set.
+        resume (str, optional): A checkpoint, or 'auto': the newest one in ``work_dir``. Where
+            ``work_dir`` has none, training starts anew and ``load_from`` keeps its meaning, so
+            that the first start of a job that will be resumed needs no other command line.
+    """
+    if resume is None:
+        return
+    if resume == 'auto':
+        resume = _latest_checkpoint(cfg.work_dir)
+        if resume is None:
+            notify(f'--resume: no checkpoint in {cfg.work_dir!r}, training starts anew')
+            return
+    check_checkpoint_path('--resume', resume)
+    cfg.resume = True
+    cfg.load_from = resume
+
+
+def _latest_checkpoint(work_dir: str) -> str | None:
+    """The checkpoint that ``last_checkpoint`` in ``work_dir`` points to; None without one."""
+    if not osp.isfile(osp.join(work_dir, 'last_checkpoint')):
+        return None
+    return find_latest_checkpoint(work_dir)
+
+
+def use_amp(cfg: Config) -> None:
+    """Turns automatic mixed precision on in ``cfg.optim_wrapper``.
+
+    Raises:
+        LaunchError: There is no GPU, or the config has an optimizer wrapper of its own.
+    """
+    if get_device() in ('cpu', 'mps'):
+        raise LaunchError('--amp needs a GPU (or NPU, MLU, MUSA device), and none was found; '
+                          'leave --amp out to train in float32')
+    wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if wrapper not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise LaunchError('--amp: optim_wrapper.type must be OptimWrapper or AmpOptimWrapper, '
+                          f'got {wrapper!r}')
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def use_auto_scale_lr(cfg: Config) -> None:
+    """Lets the Runner scale the learning rate with the batch size.
+
+    Raises:
+        LaunchError: The config does not say which batch size its learning rate is meant for.
+    """
+    if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
+        raise LaunchError('--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the '
+                          'batch size (all processes together) that its learning rate is for')
+    cfg.auto_scale_lr.enable = True
+
+
+def without_pretrained(cfg: Config) -> Config:
+    """A copy of a config whose model builds without any weight file.
+
+    Drops every ``init_cfg`` of type Pretrained, every ``pretrained`` and ``checkpoint_path``; a
+    ``PromptedBackbone`` gets ``freeze='all'``, as there is no file left that could say what is to
+    be frozen.
+
+    Args:
+        cfg (Config): The config, left as it is.
+
+    Returns:
+        Config: The copy.
+    """
+    cfg = copy.deepcopy(cfg)
+    for node in _dicts(cfg.get('model')):
+        if str(node.get('type')).rpartition('.')[2] == 'PromptedBackbone':
+            node['freeze'] = 'all'
+        node.pop('pretrained', None)
+        node.pop('checkpoint_path', None)
+        init_cfg = node.get('init_cfg')
+        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+            del node['init_cfg']
+        elif isinstance(init_cfg, (list, tuple)):
+            node['init_cfg'] = [one for one in init_cfg if one.get('type') != 'Pretrained']
+    return cfg
+
+
+def _dicts(node: object) -> Iterator[dict]:
+    """Every dict inside nested dicts, lists and tuples, outermost first."""
+    if isinstance(node, dict):
+        yield node
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            yield from _dicts(child)
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Builds the Runner of a config, on whatever there is: GPUs, one CPU, several CPU processes.
+
+    Args:
+        cfg (Config): The config; ``launcher`` and ``work_dir`` are set. Changed in place.
+
+    Returns:
+        Runner: The Runner. It may be of the type that ``cfg.runner_type`` names.
+    """
+    notices = prepare_processes(cfg)
+    if cfg.get('default_scope') == 'mmpretrain':
+        _set_dataloader_defaults(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.logger.addFilter(_OneFrozenNotice())
+    for notice in notices:
+        runner.logger.warning(notice)
+    return runner
+
+
+def prepare_processes(cfg: Config) -> list[str]:
+    """Makes a config run on the devices and processes that are there.
+
+    * Several processes without an accelerator: the gloo group is initialised here, as MMEngine
+      would set a CUDA device first, and the model gets :class:`CPUDistributedDataParallel`.
+    * SyncBN outside a group of GPU processes: the Runner (one process) or the wrapper (several)
+      reverts the layers to BatchNorm. ``MMSyncBN`` cannot even be built without a group, and
+      becomes ``SyncBN`` in the config.
+
+    Args:
+        cfg (Config): The config; changed in place.
+
+    Returns:
+        list[str]: What the user should be told, a sentence each.
+    """
+    notices = []
+    alone = cfg.get('launcher', 'none') == 'none'
+    on_cpu = get_device() == 'cpu'
+    wrapper = dict(cfg.get('model_wrapper_cfg') or {})
+    if wrapper.get('type') == CPU_WRAPPER:
+        # The config was written by a run on CPU processes; this one may have GPUs.
+        wrapper = {}
+        cfg.model_wrapper_cfg = None
+    if not alone and on_cpu:
+        _init_gloo(cfg)
+        if wrapper.get('type', 'MMDistributedDataParallel') == 'MMDistributedDataParallel':
+            wrapper['type'] = CPU_WRAPPER
+            wrapper.setdefault('broadcast_buffers', False)
+            wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
+        # Present, so that the Runner does not put the local rank there.
+        wrapper['device_ids'] = None
+        cfg.model_wrapper_cfg = wrapper
+        notices.append('no GPU: the processes run on the CPU and talk over gloo')
+
+    if alone or on_cpu:
+        found = {node['type'] for node in _dicts(cfg.get('model'))
+                 if node.get('type') in SYNC_BN_TYPES}
+        if cfg.get('sync_bn') is not None and not alone:
+            found.add(f'sync_bn={cfg.sync_bn}')
+            cfg.sync_bn = None
+        if found:
+            reason = 'one process' if alone else 'CPU processes'
+            notices.append(f'{", ".join(sorted(found))} in the config: reverted to BatchNorm '
+                           f'for this run, as {reason} cannot synchronise batch statistics')
+    if alone:
+        for node in _dicts(cfg.get('model')):
+            if node.get('type') == 'MMSyncBN':
+                node['type'] = 'SyncBN'
+                node.pop('group', None)
+                node.pop('stats_mode', None)
+    return notices
+
+
+@MODEL_WRAPPERS.register_module()
+class CPUDistributedDataParallel(MMDistributedDataParallel):
+    """MMEngine's data-parallel wrapper for CPU processes: no device ids, and no SyncBN.
+
+    Args:
+        module (nn.Module): The model; its SyncBN layers are reverted to BatchNorm.
+        kwargs: See :class:`mmengine.model.MMDistributedDataParallel`.
+    """
+
+    def __init__(self, module, **kwargs) -> None:
+        kwargs['device_ids'] = None
+        super().__init__(module=revert_sync_batchnorm(module), **kwargs)
+
+
+def _init_gloo(cfg: Config) -> None:
+    """Initialises the gloo group from the launcher's environment variables."""
+    if is_distributed():
+        return
+    dist_cfg = (cfg.get('env_cfg') or {}).get('dist_cfg') or {}
+    env = os.environ
+    if cfg.launcher == 'slurm':
+        names = dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID')
+    elif cfg.launcher == 'mpi':
+        names = dict(
+            RANK='OMPI_COMM_WORLD_RANK',
+            WORLD_SIZE='OMPI_COMM_WORLD_SIZE',
+            LOCAL_RANK='OMPI_COMM_WORLD_LOCAL_RANK')
+    else:
+        names = dict(RANK='RANK', WORLD_SIZE='WORLD_SIZE', LOCAL_RANK='LOCAL_RANK')
+    missing = [name for name in names.values() if name not in env]
+    if missing:
+        raise LaunchError(f'--launcher {cfg.launcher}: {", ".join(missing)} not set; was the '
+                          'process started by that launcher (tools/dist_*.sh, tools/slurm_*.sh)?')
+    env.update({ours: env[theirs] for ours, theirs in names.items()})
+
+    env.setdefault('MASTER_PORT', str(dist_cfg.get('port') or 29500))
+    if 'MASTER_ADDR' not in env:
+        if cfg.launcher != 'slurm':
+            raise LaunchError(f'--launcher {cfg.launcher}: MASTER_ADDR not set')
+        env['MASTER_ADDR'] = subprocess.run(
+            ['scontrol', 'show', 'hostnames', env['SLURM_NODELIST']],
+            check=True, capture_output=True, text=True).stdout.split()[0]
+    kwargs = {}
+    if dist_cfg.get('timeout') is not None:
+        kwargs['timeout'] = datetime.timedelta(seconds=dist_cfg['timeout'])
+    torch_dist.init_process_group('gloo', **kwargs)
+
+
+def _set_dataloader_defaults(cfg: Config) -> None:
+    """mmpretrain's own tools add these to its data loaders; its configs count on it."""
+    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg.get(key)
+        if loader:
+            loader.setdefault('pin_memory', True)
+            loader.setdefault('persistent_workers', bool(loader.get('num_workers', 0)))
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+
+
+class _OneFrozenNotice(logging.Filter):
+    """One line instead of one warning for each frozen parameter.
+
+    With a ``paramwise_cfg``, MMEngine's optimizer constructor warns for every parameter that does
+    not train. In a prompted model that is the whole backbone, and on purpose.
+    """
+    _pattern = re.compile(r'is skipped since its\s+requires_grad=False')
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not self._pattern.search(record.getMessage()):
+            return True
+        if self._told:
+            return False
+        self._told = True
+        record.msg, record.args = 'optimizer: frozen parameters are left out', ()
+        record.levelno, record.levelname = logging.INFO, 'INFO'
+        return True
+
+
+def notify(message: str) -> None:
+    """Tells the user something before the Runner and its logger exist."""
+    MMLogger.get_current_instance().warning(message)

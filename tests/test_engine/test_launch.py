@@ -1,0 +1,373 @@
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from urllib.error import URLError
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.optim import build_optim_wrapper
+from torch import distributed, nn
+
+from mmprotune.checkpoint import CheckpointError
+from mmprotune.engine import launch
+
+SYNC = dict(type='SyncBN', requires_grad=True)
+MMCV_SYNC = dict(type='MMSyncBN', stats_mode='N', requires_grad=True)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+
+
+@pytest.fixture
+def gloo(tmp_path):
+    """A gloo group of this process alone."""
+    distributed.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+# --- configs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('suffix', ['', '.py'])
+def test_load_config_by_name(suffix):
+    cfg = launch.load_config(f'mmdet::retinanet/retinanet_r50_fpn_1x_coco{suffix}')
+    assert cfg.model.type == 'RetinaNet'
+
+
+def test_load_config_by_path(tmp_path):
+    path = tmp_path / 'a.py'
+    path.write_text('answer = 42')
+    assert launch.load_config(str(path)).answer == 42
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('no/such_file.py', "no file 'no/such_file.py'"),
+    ('mmdet::retinanet/no_such.py', "not shipped by 'mmdet'"),
+    ('mmnothing::a/b.py', "the package 'mmnothing' is not installed"),
+])
+def test_load_config_refuses(name, message):
+    with pytest.raises(launch.LaunchError, match=message):
+        launch.load_config(name)
+
+
+def test_wrap_config_names_the_flag():
+    with pytest.raises(launch.LaunchError, match='--protune: .*model.backbone'):
+        launch.wrap_config(Config(dict(model=dict(type='BERT'))))
+
+
+@pytest.mark.parametrize(('config', 'given', 'in_config', 'expected'), [
+    ('a/b.py', None, None, os.path.join('work_dirs', 'b_x')),
+    ('mmdet::a/b.py', None, None, os.path.join('work_dirs', 'b_x')),
+    ('a/b.py', None, 'own', 'own'),
+    ('a/b.py', 'given', 'own', 'given'),
+])
+def test_work_dir(config, given, in_config, expected):
+    cfg = Config(dict(work_dir=in_config))
+    launch.set_work_dir(cfg, argparse.Namespace(config=config, work_dir=given), suffix='_x')
+    assert cfg.work_dir == expected
+
+
+def test_without_pretrained():
+    file = dict(type='Pretrained', checkpoint='torchvision://resnet50')
+    other = dict(type='Xavier', layer='Linear')
+    stock = Config(dict(
+        model=dict(
+            pretrained='open-mmlab://resnet50_v1c',
+            backbone=dict(
+                type='mmprotune.PromptedBackbone', backbone=dict(type='ResNet', init_cfg=file)),
+            heads=[dict(type='Head', init_cfg=[file, other]), dict(type='H', init_cfg=other)]),
+        load_from='x.pth'))
+    cfg = launch.without_pretrained(stock)
+    assert 'Pretrained' not in cfg.pretty_text
+    assert 'resnet50_v1c' not in cfg.pretty_text
+    assert cfg.model.backbone['freeze'] == 'all'
+    assert cfg.model.heads == [dict(type='Head', init_cfg=[other]), dict(type='H', init_cfg=other)]
+    assert cfg.load_from == 'x.pth'
+    assert stock.model.backbone.backbone.init_cfg == file
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
+def test_resume_from_a_file(tmp_path):
+    file = tmp_path / 'a.pth'
+    file.touch()
+    cfg = Config(dict(work_dir=str(tmp_path), load_from='weights.pth', resume=False))
+    launch.set_resume(cfg, str(file))
+    assert (cfg.resume, cfg.load_from) == (True, str(file))
+
+
+def test_resume_auto(tmp_path):
+    cfg = Config(dict(work_dir=str(tmp_path), load_from='weights.pth', resume=False))
+    launch.set_resume(cfg, 'auto')
+    # Nothing to resume: what the config said stays.
+    assert (cfg.resume, cfg.load_from) == (False, 'weights.pth')
+
+    newest = tmp_path / 'epoch_2.pth'
+    newest.touch()
+    (tmp_path / 'last_checkpoint').write_text(str(newest))
+    launch.set_resume(cfg, 'auto')
+    assert (cfg.resume, cfg.load_from) == (True, str(newest))
+
+
+def test_resume_from_nothing(tmp_path):
+    cfg = Config(dict(work_dir=str(tmp_path)))
+    with pytest.raises(launch.LaunchError, match='--resume: no file'):
+        launch.set_resume(cfg, str(tmp_path / 'none.pth'))
+    launch.set_resume(cfg, None)
+    assert 'resume' not in cfg
+    launch.check_checkpoint_path('load_from', 'https://example.org/a.pth')  # not a local file
+
+
+def test_amp(on_gpu):
+    cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
+    launch.use_amp(cfg)
+    assert cfg.optim_wrapper == dict(type='AmpOptimWrapper', loss_scale='dynamic')
+    cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper', loss_scale=512.)))
+    launch.use_amp(cfg)
+    assert cfg.optim_wrapper.loss_scale == 512.
+    with pytest.raises(launch.LaunchError, match="optim_wrapper.type must be .* got 'Own'"):
+        launch.use_amp(Config(dict(optim_wrapper=dict(type='Own'))))
+
+
+def test_amp_without_gpu(on_cpu):
+    with pytest.raises(launch.LaunchError, match='--amp needs a GPU'):
+        launch.use_amp(Config(dict(optim_wrapper=dict(type='OptimWrapper'))))
+
+
+def test_auto_scale_lr():
+    cfg = Config(dict(auto_scale_lr=dict(enable=False, base_batch_size=16)))
+    launch.use_auto_scale_lr(cfg)
+    assert cfg.auto_scale_lr.enable is True
+    for without in (dict(), dict(auto_scale_lr=dict(enable=False))):
+        with pytest.raises(launch.LaunchError, match='auto_scale_lr.base_batch_size'):
+            launch.use_auto_scale_lr(Config(without))
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def segmentor(norm_cfg: dict) -> Config:
+    return Config(dict(
+        launcher='none',
+        model=dict(
+            type='mmseg.EncoderDecoder',
+            backbone=dict(type='mmseg.ResNet', depth=18, base_channels=8, norm_cfg=norm_cfg),
+            decode_head=dict(
+                type='mmseg.FCNHead', in_channels=64, channels=8, num_classes=2,
+                norm_cfg=norm_cfg))))
+
+
+def test_plain_config_is_left_alone(on_cpu):
+    cfg = segmentor(dict(type='BN', requires_grad=True))
+    before = cfg.pretty_text
+    assert launch.prepare_processes(cfg) == []
+    assert cfg.pretty_text == before
+
+
+@pytest.mark.parametrize('norm_cfg', [SYNC, MMCV_SYNC], ids=lambda cfg: cfg['type'])
+@pytest.mark.parametrize('prompted', [False, True])
+def test_sync_bn_in_one_process(tmp_path, norm_cfg, prompted):
+    """From the config to a training step, as the Runner goes there."""
+    pytest.importorskip('mmseg')
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+    cfg = segmentor(norm_cfg)
+    if prompted:
+        cfg = launch.wrap_config(cfg)
+        cfg.model.backbone['freeze'] = 'all'  # addict has a method of that name
+    cfg.update(work_dir=str(tmp_path), default_scope='mmseg', experiment_name=f'{tmp_path.name}')
+    runner = launch.build_runner(cfg)
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert f'{norm_cfg["type"]} in the config: reverted to BatchNorm' in log
+
+    model = runner.model.train()
+    assert not any('Sync' in type(module).__name__ for module in model.modules())
+    sample = SegDataSample(gt_sem_seg=PixelData(data=torch.ones(1, 32, 32, dtype=torch.long)))
+    losses = model.loss(torch.randn(2, 3, 32, 32), [sample, sample.clone()])
+    sum(value for name, value in losses.items() if 'loss' in name).backward()
+    trainable = [name for name, param in model.named_parameters() if param.requires_grad]
+    assert trainable
+    assert any(name.startswith('backbone.backbone') for name in trainable) is False
+    assert [n for n in trainable if model.get_parameter(n).grad is None] == []
+
+
+def test_sync_bn_on_gpus_stays(on_gpu):
+    cfg = segmentor(MMCV_SYNC)
+    cfg.launcher = 'pytorch'
+    before = cfg.pretty_text
+    assert launch.prepare_processes(cfg) == []
+    assert cfg.pretty_text == before
+
+
+def test_cpu_processes(on_cpu, gloo):
+    cfg = segmentor(MMCV_SYNC)
+    cfg.update(launcher='pytorch', sync_bn='torch', find_unused_parameters=True)
+    notices = launch.prepare_processes(cfg)
+    assert any('gloo' in notice for notice in notices)
+    assert any('MMSyncBN, sync_bn=torch' in notice for notice in notices)
+    assert cfg.sync_bn is None
+    assert cfg.model_wrapper_cfg == dict(
+        type='mmprotune.CPUDistributedDataParallel', device_ids=None, broadcast_buffers=False,
+        find_unused_parameters=True)
+
+
+def test_config_of_a_cpu_run_goes_on_gpus(on_gpu):
+    cfg = Config(dict(
+        launcher='pytorch', model=dict(type='A'),
+        model_wrapper_cfg=dict(type=launch.CPU_WRAPPER, device_ids=None)))
+    launch.prepare_processes(cfg)
+    assert cfg.model_wrapper_cfg is None
+
+
+def test_cpu_processes_keep_another_wrapper(on_cpu, gloo):
+    cfg = Config(dict(
+        launcher='pytorch', model=dict(type='A'),
+        model_wrapper_cfg=dict(type='MMSeparateDistributedDataParallel')))
+    launch.prepare_processes(cfg)
+    assert cfg.model_wrapper_cfg == dict(
+        type='MMSeparateDistributedDataParallel', device_ids=None)
+
+
+def test_cpu_wrapper_reverts_sync_bn(gloo):
+    """In a model, as the code of some hosts makes it the default, no config tells of it."""
+    from mmcv.ops import SyncBatchNorm
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4), SyncBatchNorm(4))
+    params = list(model.parameters())
+    # As the Runner builds it, from any host's scope.
+    wrapped = launch.ROOT_MODEL_WRAPPERS.build(
+        dict(type='mmprotune.CPUDistributedDataParallel', module=model, device_ids=[0],
+             broadcast_buffers=False))
+    assert wrapped.device_ids is None
+    assert not any('Sync' in type(module).__name__ for module in wrapped.modules())
+    assert all(a is b for a, b in zip(wrapped.parameters(), params))
+    wrapped.train()(torch.randn(2, 3, 4, 4)).square().sum().backward()
+    assert all(param.grad is not None for param in params)
+
+
+@pytest.mark.parametrize('launcher', ['pytorch', 'slurm', 'mpi'])
+def test_started_without_the_launcher(on_cpu, monkeypatch, launcher):
+    for name in ('RANK', 'WORLD_SIZE', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(launch.LaunchError, match=f'--launcher {launcher}: .*RANK|.*PROCID'):
+        launch.prepare_processes(Config(dict(launcher=launcher, model=dict(type='A'))))
+
+
+@pytest.mark.parametrize(('launcher', 'prefix', 'names'), [
+    ('slurm', 'SLURM_', ('PROCID', 'NTASKS', 'LOCALID')),
+    ('mpi', 'OMPI_COMM_WORLD_', ('RANK', 'SIZE', 'LOCAL_RANK')),
+])
+def test_environment_of_launchers(on_cpu, monkeypatch, launcher, prefix, names):
+    ours = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')
+    for name in (*ours, 'MASTER_PORT'):
+        monkeypatch.setenv(name, 'stale')  # so that monkeypatch puts back what was there
+    monkeypatch.delenv('MASTER_PORT')
+    monkeypatch.setenv('MASTER_ADDR', 'node7')
+    for name, value in zip(names, ('3', '8', '1')):
+        monkeypatch.setenv(prefix + name, value)
+    calls = []
+    monkeypatch.setattr(
+        launch.torch_dist, 'init_process_group',
+        lambda backend, **kwargs: calls.append((backend, kwargs['timeout'].total_seconds())))
+    launch.prepare_processes(
+        Config(dict(
+            launcher=launcher, model=dict(type='A'),
+            env_cfg=dict(dist_cfg=dict(backend='nccl', port=1234, timeout=60)))))
+    assert calls == [('gloo', 60)]
+    assert [os.environ[name] for name in ours] == ['3', '8', '1']
+    assert os.environ['MASTER_PORT'] == '1234'
+
+
+# --- building the Runner --------------------------------------------------------------------------
+
+
+def test_data_loaders_of_mmpretrain():
+    cfg = Config(dict(
+        train_dataloader=dict(batch_size=2, num_workers=2),
+        val_dataloader=dict(num_workers=0, pin_memory=False), test_dataloader=None))
+    launch._set_dataloader_defaults(cfg)
+    collate = dict(type='default_collate')
+    assert cfg.train_dataloader == dict(
+        batch_size=2, num_workers=2, pin_memory=True, persistent_workers=True, collate_fn=collate)
+    assert cfg.val_dataloader == dict(
+        num_workers=0, pin_memory=False, persistent_workers=False, collate_fn=collate)
+    assert cfg.test_dataloader is None
+
+
+def test_frozen_parameters_are_told_of_once():
+    logger = MMLogger.get_instance('test_frozen_parameters_are_told_of_once')
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))
+    logger.addHandler(handler)
+    logger.addFilter(launch._OneFrozenNotice())
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    model[:2].requires_grad_(False)
+    wrapper = build_optim_wrapper(model, dict(
+        optimizer=dict(type='SGD', lr=1., weight_decay=1.),
+        paramwise_cfg=dict(bias_decay_mult=0.)))
+    optimized = {id(param) for group in wrapper.param_groups for param in group['params']}
+    assert {id(param) for param in model.parameters()} & optimized == {
+        id(param) for param in model[2].parameters()}
+    assert [line for line in lines if 'frozen' in line[1]] == [
+        ('INFO', 'optimizer: frozen parameters are left out')]
+    assert not any('skipped' in message for _, message in lines)
+    assert any('paramwise_options' in message for _, message in lines)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', [CheckpointError, launch.LaunchError])
+def test_errors_without_traceback(monkeypatch, capsys, kind):
+
+    def main():
+        raise kind('load_from: what is wrong')
+
+    monkeypatch.delenv('MMPROTUNE_DEBUG', raising=False)
+    monkeypatch.setattr('sys.argv', ['somewhere/train.py'])
+    assert launch.run_tool(main) == 1
+    assert capsys.readouterr().err == 'train.py: error: load_from: what is wrong\n'
+
+    monkeypatch.setenv('MMPROTUNE_DEBUG', '1')
+    with pytest.raises(kind, match='what is wrong'):
+        launch.run_tool(main)
+
+
+def test_downloads_that_fail(monkeypatch, capsys, tmp_path):
+
+    def main():
+        raise URLError('no route')
+
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
+    assert launch.run_tool(main) == 1
+    message = capsys.readouterr().err
+    assert 'could not be downloaded: <urlopen error no route>' in message
+    assert str(tmp_path / 'checkpoints') in message
+
+
+def test_other_errors_pass():
+    with pytest.raises(KeyError, match='host'):
+        launch.run_tool(lambda: {}['host'])
+    assert launch.run_tool(lambda: None) == 0
+
+
+def test_group_is_left_at_the_end(tmp_path):
+    distributed.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    assert launch.run_tool(lambda: None) == 0
+    assert not distributed.is_initialized()
