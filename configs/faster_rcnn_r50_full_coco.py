@@ -1,0 +1,8 @@
+# Faster R-CNN, ResNet-50-FPN, COCO, full fine-tuning: what the other two are compared with.
+# The parts of mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py, the optimizer excepted.
+_base_ = [
+    'mmdet::_base_/models/faster-rcnn_r50_fpn.py',
+    'mmdet::_base_/datasets/coco_detection.py',
+    './_base_/schedule_1x_adamw.py',
+    'mmdet::_base_/default_runtime.py',
+]

@@ -1,0 +1,16 @@
+# UperNet, ConvNeXt-T, ADE20K, Pro-tuning: frozen backbone, prompts and head train.
+_base_ = ['mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py', './_base_/protune.py']
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmprotune.PromptedBackbone',
+        backbone={{_base_.model.backbone}},
+        prompt=dict(type='mmprotune.PromptBlock')))
+
+# The stock recipe lets the learning rate fall with the depth of the layer. Here the backbone is
+# frozen, and prompts at every depth start from the same zero.
+optim_wrapper = dict(
+    _delete_=True,
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05))

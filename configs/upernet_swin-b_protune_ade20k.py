@@ -1,0 +1,9 @@
+# UperNet, Swin-B, ADE20K, Pro-tuning: frozen backbone, prompts and head train.
+_base_ = ['mmseg::swin/swin-base-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py', './_base_/protune.py']
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmprotune.PromptedBackbone',
+        backbone={{_base_.model.backbone}},
+        prompt=dict(type='mmprotune.PromptBlock')))

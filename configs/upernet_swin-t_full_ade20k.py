@@ -1,0 +1,2 @@
+# UperNet, Swin-T, ADE20K, full fine-tuning: the stock recipe.
+_base_ = 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'

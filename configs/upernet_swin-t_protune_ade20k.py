@@ -1,0 +1,9 @@
+# UperNet, Swin-T, ADE20K, Pro-tuning: frozen backbone, prompts and heads train.
+_base_ = ['./upernet_swin-t_full_ade20k.py', './_base_/protune.py']
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmprotune.PromptedBackbone',
+        backbone={{_base_.model.backbone}},
+        prompt=dict(type='mmprotune.PromptBlock')))

@@ -1,0 +1,227 @@
+"""Every shipped config: it is listed, fits its siblings, builds, and takes a training step."""
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from mmengine.dataset import pseudo_collate
+from mmengine.runner import set_random_seed
+from mmengine.structures import InstanceData, PixelData
+
+from mmprotune.engine import launch
+from mmprotune.models import PromptedBackbone
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
+NAME = re.compile(
+    r'(?P<model>\w+)_(?P<backbone>[a-z0-9-]+)_(?P<method>protune|frozen|full)_(?P<data>[a-z0-9]+)')
+# The quickstart's own are no recipes to choose from.
+RECIPES = [path for path in CONFIGS if '_shapes' not in path.stem]
+SIZE = 64  # pixels
+
+
+def is_larger_variant(path: pathlib.Path) -> bool:
+    """Whether a smaller size of the same backbone stands beside it: swin-b beside swin-t."""
+    match = NAME.fullmatch(path.stem)
+    family, _, size = match['backbone'].partition('-')
+    smaller = 'tsbl'[:'tsbl'.find(size)] if size in tuple('tsbl') else ''
+    return any(path.with_name(path.name.replace(f'_{family}-{size}_', f'_{family}-{other}_'))
+               in CONFIGS for other in smaller)
+
+
+all_configs = pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+# Larger variants run the same code for longer.
+all_configs_to_train = pytest.mark.parametrize('path', [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if is_larger_variant(path) else [])
+    for path in CONFIGS
+])
+
+
+@functools.cache
+def parsed(path: pathlib.Path):
+    return launch.load_config(str(path))
+
+
+@pytest.fixture
+def cfg(path):
+    return copy.deepcopy(parsed(path))
+
+
+def num_classes(cfg) -> int:
+    """The number of classes of whatever head the model has."""
+    found = re.findall(r'"num_classes": (\d+)', json.dumps(cfg.model.to_dict(), default=str))
+    return min(int(number) for number in found)
+
+
+def detection_item(rng: np.random.Generator, cfg, size: int) -> dict:
+    """A noise image with two boxes, and their masks where the model wants them."""
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    boxes = np.array([[4, 4, 40, 32], [24, 30, 60, 62]], dtype=np.float32)
+    instances = InstanceData(
+        bboxes=torch.from_numpy(boxes),
+        labels=torch.from_numpy(rng.integers(0, num_classes(cfg), 2)))
+    if cfg.model.data_preprocessor.get('pad_mask'):
+        masks = np.zeros((2, size, size), dtype=np.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.astype(int)):
+            mask[y1:y2, x1:x2] = 1
+        instances.masks = BitmapMasks(masks, size, size)
+    ignored = InstanceData(bboxes=torch.zeros(0, 4))
+    return dict(
+        inputs=image(rng, size),
+        data_samples=DetDataSample(
+            metainfo=meta(size), gt_instances=instances, ignored_instances=ignored))
+
+
+def segmentation_item(rng: np.random.Generator, cfg, size: int) -> dict:
+    """A noise image with noise labels."""
+    from mmseg.structures import SegDataSample
+    labels = torch.from_numpy(rng.integers(0, num_classes(cfg), (1, size, size)))
+    sample = SegDataSample(metainfo=meta(size), gt_sem_seg=PixelData(data=labels))
+    return dict(inputs=image(rng, size), data_samples=sample)
+
+
+def classification_item(rng: np.random.Generator, cfg, size: int) -> dict:
+    """A noise image with a label."""
+    from mmpretrain.structures import DataSample
+    sample = DataSample(metainfo=meta(size)).set_gt_label(int(rng.integers(0, num_classes(cfg))))
+    return dict(inputs=image(rng, size), data_samples=sample)
+
+
+def image(rng: np.random.Generator, size: int) -> torch.Tensor:
+    return torch.from_numpy(rng.integers(0, 256, (3, size, size), dtype=np.uint8))
+
+
+def meta(size: int) -> dict:
+    return dict(img_shape=(size, size), ori_shape=(size, size), scale_factor=(1., 1.), img_id=0)
+
+
+ITEMS = dict(mmdet=detection_item, mmseg=segmentation_item, mmpretrain=classification_item)
+
+
+def make_small(cfg) -> None:
+    """Small inputs and little sampling on a CPU; the layers stay as configured."""
+    few_samples(cfg.model.get('train_cfg'))
+    if 'num_queries' in cfg.model:  # picked among the tokens, and small images have few
+        cfg.model.num_queries = 20
+    for owner, key in (
+        (cfg.model.get('data_preprocessor'), 'size'),
+        (cfg.get('data_preprocessor'), 'size'),
+        (cfg.model.backbone, 'img_size'),
+        (cfg.model.backbone.get('backbone'), 'img_size'),
+    ):
+        if owner and owner.get(key) is not None:
+            owner[key] = (SIZE, SIZE)
+    if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper':
+        cfg.optim_wrapper.type = 'OptimWrapper'
+        for key in ('loss_scale', 'dtype'):
+            cfg.optim_wrapper.pop(key, None)
+
+
+def few_samples(node) -> None:
+    """Regions per image: a handful trains the same parameters as the usual 512, in less time."""
+    if isinstance(node, dict):
+        if isinstance(node.get('sampler'), dict) and 'num' in node['sampler']:
+            node['sampler']['num'] = 8
+        for child in node.values():
+            few_samples(child)
+
+
+@all_configs
+def test_name_follows_the_rule(path):
+    assert NAME.fullmatch(path.stem)
+
+
+def test_recipes_are_listed():
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    listed = {
+        model['Config']
+        for file in index['Import']
+        for model in yaml.safe_load((ROOT / file).read_text())['Models']
+    }
+    assert listed == {f'configs/{path.name}' for path in RECIPES}
+    readme = (ROOT / 'configs' / 'README.md').read_text()
+    assert [path.stem for path in RECIPES if f'[{path.stem}]({path.name})' not in readme] == []
+
+
+def test_methods_differ_in_the_backbone_only():
+    families = collections.defaultdict(dict)
+    for path in RECIPES:
+        match = NAME.fullmatch(path.stem)
+        family = match['model'], match['backbone'], match['data']
+        families[family][match['method']] = parsed(path).to_dict()
+    compared = 0
+    for methods in families.values():
+        for name, content in methods.items():
+            backbone = content['model'].pop('backbone')
+            content['model'].pop('pretrained', None)
+            prompted = name != 'full'
+            assert (backbone['type'] == 'mmprotune.PromptedBackbone') == prompted
+            if prompted:
+                assert (backbone['prompt'] is None) == (name == 'frozen')
+            hooks = content.pop('custom_hooks', None) or []
+            ours = [hook['type'] for hook in hooks if hook['type'].startswith('mmprotune.')]
+            assert len(ours) == (3 if prompted else 0)
+            content['_stock'] = backbone.get('backbone') if prompted else backbone
+        for content in methods.values():
+            assert content == methods['protune']
+            compared += 1
+    assert compared > len(families)
+
+
+@all_configs_to_train
+def test_one_step_changes_the_declared_parameters_only(path, cfg, tmp_path):
+    cfg = launch.without_pretrained(cfg)
+    make_small(cfg)
+    cfg.launcher = 'none'
+    cfg.work_dir = str(tmp_path)
+    cfg.experiment_name = path.stem
+    set_random_seed(0)
+    runner = launch.build_runner(cfg)
+    model = runner.model
+    model.init_weights()
+    optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+
+    prompted = isinstance(model.backbone, PromptedBackbone)
+    assert prompted == (NAME.fullmatch(path.stem)['method'] != 'full')
+    if prompted:
+        assert bool(model.backbone.prompts) == (cfg.model.backbone.prompt is not None)
+        declared = {
+            name
+            for name, param in model.named_parameters()
+            if not name.startswith('backbone.backbone.')
+        }
+        frozen_buffers = {
+            name for name, _ in model.named_buffers() if name.startswith('backbone.backbone.')}
+    else:
+        declared = {name for name, param in model.named_parameters() if param.requires_grad}
+        assert any(name.startswith('backbone.') for name in declared)
+        frozen_buffers = set()
+
+    parameters = dict(model.named_parameters())
+    tensors = dict([*parameters.items(), *model.named_buffers()])
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    model.train()
+    rng = np.random.default_rng(0)
+    items = [ITEMS[cfg.default_scope](rng, cfg, SIZE) for _ in range(2)]
+    log = model.train_step(pseudo_collate(items), optim_wrapper)
+
+    assert torch.isfinite(log['loss'])
+    changed = {name for name, tensor in tensors.items() if not torch.equal(tensor, before[name])}
+    stepped = {
+        name
+        for name, param in parameters.items() if param in optim_wrapper.optimizer.state}
+    # Every declared parameter got a gradient and a step, and nothing else moved. (A first step can
+    # leave values as they are: behind a zero the gradient is zero.)
+    assert stepped == declared
+    assert changed & parameters.keys()
+    assert changed & parameters.keys() <= declared
+    assert not changed & frozen_buffers
