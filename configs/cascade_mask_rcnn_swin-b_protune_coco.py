@@ -5,7 +5,7 @@ _base_ = [
     './_base_/protune.py',
 ]
 
-pretrained = 'https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_base_patch4_window7_224_22k.pth'  # noqa: E501
+pretrained = 'https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_base_patch4_window7_224_22k.pth'
 model = dict(
     backbone=dict(
         _delete_=True,
