@@ -17,7 +17,8 @@ FAMILIES = [
     'mmdet.ResNet', 'mmdet.SwinTransformer', 'mmdet.HRNet', 'mmdet.CSPNeXt',
     'mmdet.PyramidVisionTransformerV2', 'mmseg.MixVisionTransformer', 'mmseg.MobileNetV2',
     'mmseg.BiSeNetV1', 'mmseg.MSCAN', 'mmpretrain.VisionTransformer', 'mmpretrain.ConvNeXt',
-    'mmpretrain.RegNet', 'mmpretrain.EfficientNet', 'mmpretrain.MobileOne', 'mmpretrain.TIMMBackbone'
+    'mmpretrain.RegNet', 'mmpretrain.EfficientNet', 'mmpretrain.MobileOne',
+    'mmpretrain.TIMMBackbone',
 ]
 
 
