@@ -6,6 +6,15 @@ no config needs ``custom_imports``.
 from mmengine import registry as _roots
 
 MODELS = _roots.Registry(
-    'model', parent=_roots.MODELS, scope='mmprotune', locations=['mmprotune.models'])
+    'model', parent=_roots.MODELS, scope='mmprotune',
+    locations=['mmprotune.models', 'mmprotune.evaluation'])
 HOOKS = _roots.Registry(
     'hook', parent=_roots.HOOKS, scope='mmprotune', locations=['mmprotune.engine.hooks'])
+DATASETS = _roots.Registry(
+    'dataset', parent=_roots.DATASETS, scope='mmprotune', locations=['mmprotune.datasets'])
+TRANSFORMS = _roots.Registry(
+    'transform', parent=_roots.TRANSFORMS, scope='mmprotune', locations=['mmprotune.datasets'])
+METRICS = _roots.Registry(
+    'metric', parent=_roots.METRICS, scope='mmprotune', locations=['mmprotune.evaluation'])
+EVALUATOR = _roots.Registry(
+    'evaluator', parent=_roots.EVALUATOR, scope='mmprotune', locations=['mmprotune.evaluation'])

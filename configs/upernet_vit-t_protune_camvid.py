@@ -1,0 +1,9 @@
+# UperNet, ViT-Tiny/16, CamVid, Pro-tuning: frozen backbone, prompts and heads train.
+_base_ = ['./upernet_vit-t_full_camvid.py', './_base_/protune.py']
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmprotune.PromptedBackbone',
+        backbone={{_base_.model.backbone}},
+        prompt=dict(type='mmprotune.PromptBlock')))
