@@ -1,0 +1,14 @@
+# One schedule for prompted, head-only and full fine-tuning, so that they can be compared; each may
+# want its own learning rate (--cfg-options optim_wrapper.optimizer.lr=…).
+optim_wrapper = dict(
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.))
+epochs = {{'$MMPROTUNE_EPOCHS:20'}}
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
+    dict(type='CosineAnnealingLR', T_max=epochs, end=epochs, convert_to_iter_based=True)
+]
+train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=epochs)
+val_cfg = dict()
+test_cfg = dict()
+auto_scale_lr = dict(base_batch_size=64)
