@@ -2,17 +2,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from mmprotune.frozen.dry_run import image_shapes, noise, tensors_in, undisturbed
+
 from .layout import Layout, describe
 
-# Image sizes (H, W) tried in turn: not square first, which tells height from width.
-DRY_RUN_SIZES = ((64, 96), (128, 192), (224, 224), (256, 256), (384, 384))
 _BATCH = 2
+# Colour first; grey for a backbone that takes nothing else.
+DRY_RUN_CHANNELS = (3, 1)
 
 
 class StageError(ValueError):
@@ -29,9 +31,14 @@ class _Call:
 @dataclass
 class Trace:
     """The calls of one dry run, by module path."""
-    image: tuple[int, int]
+    shape: tuple[int, int, int]
     batch: int
     calls: dict[str, _Call]
+
+    @property
+    def image(self) -> tuple[int, int]:
+        """Height and width of the image."""
+        return self.shape[1:]
 
     def maps(self, path: str) -> dict[int | None, Layout]:
         """Layouts of the features that the module at ``path`` returned; by output index."""
@@ -50,42 +57,24 @@ def _tensors(output) -> dict[int | None, Tensor]:
     return {}
 
 
-def _flatten(output) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (tuple, list)):
-        for item in output:
-            yield from _flatten(item)
-    elif isinstance(output, dict):
-        for item in output.values():
-            yield from _flatten(item)
-
-
 @contextlib.contextmanager
-def _dry(backbone: nn.Module, image: tuple[int, int], hook: Callable[[str], Callable]):
+def _dry(backbone: nn.Module, shape: tuple[int, int, int], hook: Callable[[str], Callable]):
     """Eval mode and a forward hook on every submodule; yields a function that runs the backbone on
     noise. Everything is as before afterwards, the state of the random generator included."""
-    modes = {m: m.training for m in backbone.modules()}
     handles = [
         module.register_forward_hook(hook(path)) for path, module in backbone.named_modules()
         if path
     ]
-    first = next(backbone.parameters(), torch.zeros(0))
-    dtype = first.dtype if first.is_floating_point() else torch.float32
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(_BATCH, 3, *image, generator=generator).to(first.device, dtype)
+    images = noise(backbone, shape, _BATCH)
     try:
-        backbone.eval()
-        with torch.random.fork_rng(devices=[]):
-            yield lambda: backbone(inputs)
+        with undisturbed(backbone):
+            yield lambda: backbone(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
 
 
-def _record(backbone: nn.Module, image: tuple[int, int]) -> Trace:
+def _record(backbone: nn.Module, shape: tuple[int, int, int]) -> Trace:
     """Runs the backbone once and records what each module returned."""
     calls: dict[str, _Call] = {}
     repeated: set[str] = set()
@@ -100,11 +89,11 @@ def _record(backbone: nn.Module, image: tuple[int, int]) -> Trace:
 
         return record
 
-    with _dry(backbone, image, hook) as run, torch.no_grad():
+    with _dry(backbone, shape, hook) as run, torch.no_grad():
         run()
     for path in repeated:  # a module that runs twice ends no stage
         del calls[path]
-    return Trace(image, _BATCH, calls)
+    return Trace(shape, _BATCH, calls)
 
 
 def read_features(backbone: nn.Module, trace: Trace,
@@ -135,8 +124,8 @@ def read_features(backbone: nn.Module, trace: Trace,
 
         return add
 
-    with _dry(backbone, trace.image, hook) as run, torch.enable_grad():
-        nodes = [t.grad_fn for t in _flatten(run()) if t.grad_fn is not None]
+    with _dry(backbone, trace.shape, hook) as run, torch.enable_grad():
+        nodes = [t.grad_fn for t in tensors_in(run()) if t.grad_fn is not None]
     found, seen = set(), set()
     while nodes:
         node = nodes.pop()
@@ -154,23 +143,19 @@ def dry_run(backbone: nn.Module) -> Trace:
     """Runs the backbone on the first image size that it accepts.
 
     Args:
-        backbone (nn.Module): Takes images of shape (N, 3, H, W).
+        backbone (nn.Module): Takes images of shape (N, 3, H, W), or (N, 1, H, W).
 
     Raises:
         StageError: No size runs; says the last error.
     """
-    sizes = list(DRY_RUN_SIZES)
-    fixed = getattr(backbone, 'img_size', None) or getattr(backbone, 'image_size', None)
-    if fixed is not None:
-        fixed = (fixed, fixed) if isinstance(fixed, int) else tuple(fixed)[-2:]
-        sizes.insert(0, fixed)
+    shapes = image_shapes(backbone)
     error: Exception | None = None
-    for image in sizes:
+    for shape in shapes:
         try:
-            return _record(backbone, image)
+            return _record(backbone, shape)
         except Exception as e:  # any failure means: not at this size
-            error = e
+            error = e if shape[0] == shapes[0][0] else error
+    sizes = ', '.join(dict.fromkeys(f'{h}x{w}' for _, h, w in shapes))
     raise StageError(
-        f'backbone: {type(backbone).__name__} ran at none of the image sizes '
-        f'{", ".join(f"{h}x{w}" for h, w in sizes)}; the last error: '
-        f'{type(error).__name__}: {error}')
+        f'backbone: {type(backbone).__name__} ran at none of the image sizes {sizes}; the last '
+        f'error: {type(error).__name__}: {error}')

@@ -1,0 +1,73 @@
+"""Running a network on noise without leaving a trace in it."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+# Image sizes (H, W) tried in turn: not square first, which tells height from width.
+IMAGE_SIZES = ((64, 96), (128, 192), (224, 224), (256, 256), (384, 384))
+# Channels tried in turn.
+IMAGE_CHANNELS = (3, 1)
+
+
+def image_shapes(network: nn.Module) -> list[tuple[int, int, int]]:
+    """Shapes (C, H, W) to try: the size that the network says it was built for, then usual ones;
+    in colour first.
+
+    Args:
+        network (nn.Module): Takes images of shape (N, C, H, W).
+    """
+    sizes = list(IMAGE_SIZES)
+    fixed = getattr(network, 'img_size', None) or getattr(network, 'image_size', None)
+    if fixed is not None:
+        sizes.insert(0, (fixed, fixed) if isinstance(fixed, int) else tuple(fixed)[-2:])
+    return [(channels, *size) for channels in IMAGE_CHANNELS for size in sizes]
+
+
+def noise(network: nn.Module, shape: tuple[int, int, int], batch: int) -> Tensor:
+    """Always the same noise of shape (batch, C, H, W), where and as the network's weights are.
+
+    Args:
+        network (nn.Module): Takes it.
+        shape (tuple[int, int, int]): Channels, height and width.
+        batch (int): How many.
+    """
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(0))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, *shape, generator=generator).to(like.device, like.dtype)
+
+
+@contextlib.contextmanager
+def undisturbed(network: nn.Module) -> Iterator[None]:
+    """While open, the network is in eval mode; afterwards its modes, and the state of the random
+    generator, are what they were.
+
+    Args:
+        network (nn.Module): The network.
+    """
+    modes = {m: m.training for m in network.modules()}
+    try:
+        network.eval()
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def tensors_in(output) -> Iterator[Tensor]:
+    """The tensors in what a network returns, however it nests them.
+
+    Args:
+        output: A tensor, or tuples, lists and dicts of them.
+    """
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for item in output:
+            yield from tensors_in(item)
+    elif isinstance(output, Mapping):
+        yield from tensors_in(list(output.values()))
