@@ -330,7 +330,10 @@ class PromptedBackbone(BaseModule):
 
     def refresh_fingerprint(self) -> None:
         """Computes the fingerprint of the frozen tensors as they are now."""
-        self.frozen_fingerprint.copy_(fingerprint(_identity(self.frozen_tensors())))
+        sha = fingerprint(_identity(self.frozen_tensors()))
+        self.frozen_fingerprint.copy_(sha)
+        # No buffer: DistributedDataParallel would overwrite it with the first process's.
+        self.own_fingerprint = bytes(sha.tolist()).hex()
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         check_incoming(self, state_dict, prefix)
