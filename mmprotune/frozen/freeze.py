@@ -148,9 +148,18 @@ def keep_frozen_in_eval(module: nn.Module) -> None:
         module (nn.Module): A module that :func:`freeze` has been applied to.
     """
     live = {id(m) for _, m in _live_modules(module)}
-    for child in module.modules():
-        if id(child) not in live:
-            child.training = False
+
+    def visit(current: nn.Module) -> None:
+        if not any(id(m) in live for m in current.modules()):
+            # Not the flag alone: some layers prepare for eval mode here (LeViT's attention).
+            current.train(False)
+            return
+        if id(current) not in live:
+            current.training = False
+        for child in current.children():
+            visit(child)
+
+    visit(module)
 
 
 def frozen_tensors(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

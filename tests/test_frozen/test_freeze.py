@@ -31,6 +31,22 @@ def test_buffers_of_what_trains_are_not_frozen():
                      '3': False}
 
 
+def test_a_layer_that_prepares_for_eval_mode_does_so():
+
+    class Prepared(nn.Linear):
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.table = None if mode else self.weight.detach() * 2  # and returns nothing
+
+    for net in (nn.Sequential(Prepared(2, 2)), nn.Sequential(Prepared(2, 2), nn.Linear(2, 2))):
+        freeze(net, trainable=[r'1\..*'] if len(net) > 1 else [])
+        net[0].train(True)
+        keep_frozen_in_eval(net)
+        assert not net[0].training
+        assert torch.equal(net[0].table, net[0].weight * 2)
+
+
 def test_keep_and_trainable_add_up():
     net = network()
     freeze(net, keep=['0.bias'], trainable=[r'1\.weight'])
