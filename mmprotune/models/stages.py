@@ -2,7 +2,8 @@
 
 A stage end is found from the backbone's own structure by one dry run: the modules that run one
 after another along the trunk are grouped by stride and channels, and the last block of each group
-ends a stage. Nothing here knows any particular backbone.
+ends a stage. In a plain stack of layers the last layer of each resolution does. Nothing here knows
+any particular backbone.
 """
 from __future__ import annotations
 
@@ -59,6 +60,10 @@ class _Unit:
         return tuple((layout.stride, layout.channels) for layout in self.maps.values())
 
 
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList))
+
+
 def _is_block(path: str, module: nn.Module) -> bool:
     """A block of a stage: more than a layer with its norm and activation, and not the stem."""
     if any(word in path.lower() for word in ('stem', 'embed')):
@@ -70,11 +75,10 @@ def _stack_strides(path: str, module: nn.Module, trace: Trace) -> set[float]:
     """Strides at which stacks of blocks inside the module run."""
     strides = set()
     for name, child in module.named_modules():
-        if name and isinstance(child, (nn.Sequential, nn.ModuleList)):
+        if name and _is_container(child):
             for key, block in child.named_children():
                 inner = f'{path}.{name}.{key}'
-                if not isinstance(block, (nn.Sequential, nn.ModuleList)) and _is_block(
-                        inner, block):
+                if not _is_container(block) and _is_block(inner, block):
                     strides.update(layout.stride for layout in trace.maps(inner).values())
     return strides
 
@@ -100,7 +104,7 @@ def _units(module: nn.Module, path: str, trace: Trace) -> Iterator[_Unit]:
     for name, child in module.named_children():
         inner = f'{path}.{name}' if path else name
         maps = trace.maps(inner)
-        if inner not in trace.calls or isinstance(child, (nn.Sequential, nn.ModuleList)):
+        if inner not in trace.calls or _is_container(child):
             yield from _units(child, inner, trace)
             continue
         if _is_wrapper(inner, child, trace):
@@ -195,6 +199,41 @@ def find_stages(backbone: nn.Module,
     return result, remarks
 
 
+def _layers(module: nn.Module, path: str, trace: Trace) -> Iterator[tuple[_Unit, bool]]:
+    """What a plain stack of layers consists of, and whether each computes with weights.
+
+    A container that stands in a row of others, as ConvMixer's layers do, is one of them; so is
+    every other module outside containers that returns a feature (a convolution, an activation).
+    """
+    for name, child in module.named_children():
+        inner = f'{path}.{name}' if path else name
+        maps = trace.maps(inner)
+        in_a_row = _is_container(child) and _is_container(module) and _is_block(
+            inner, child) and not any(map(_is_container, child.children()))
+        if _is_container(child) and not (in_a_row and maps):
+            yield from _layers(child, inner, trace)
+        elif maps and not any(word in inner for word in ('stem', 'embed')):
+            unit = _Unit(inner, maps, trace.calls[inner].order, in_a_row)
+            yield unit, any(p.dim() > 1 for p in child.parameters())
+
+
+def _stack_ends(backbone: nn.Module, trace: Trace) -> list[_Unit]:
+    """Stage ends of a backbone without blocks, a plain stack of layers: the last layer of each
+    resolution at which any has weights; where all are alike, cuts as in a plain ViT."""
+    layers = sorted(_layers(backbone, '', trace), key=lambda pair: pair[0].order)
+    row = [unit for unit, _ in layers if unit.is_block]
+    if len({unit.levels for unit in row}) == 1:
+        return _plain_ends(backbone, row)
+    ends: dict[tuple[float, ...], _Unit] = {}
+    weighted = set()
+    for unit, has_weights in layers:
+        resolution = tuple(stride for stride, _ in unit.levels)
+        ends[resolution] = unit
+        if has_weights:
+            weighted.add(resolution)
+    return [unit for resolution, unit in ends.items() if resolution in weighted]
+
+
 def _auto(backbone: nn.Module, trace: Trace) -> dict[str, dict[int | None, Layout]]:
     blocks = _blocks(backbone, '', trace)
     while len(blocks) == 1:  # one module around everything, as timm's models in their wrappers
@@ -204,9 +243,12 @@ def _auto(backbone: nn.Module, trace: Trace) -> dict[str, dict[int | None, Layou
             break
         blocks = inside
     if not blocks:
-        raise StageError(
-            f'stages: no stage was found in {type(backbone).__name__}; name them with '
-            f'stages=[…]; modules that return feature maps: {_names(_candidates(trace))}')
+        ends = _stack_ends(backbone, trace)
+        if not ends:
+            raise StageError(
+                f'stages: no stage was found in {type(backbone).__name__}; name them with '
+                f'stages=[…]; modules that return feature maps: {_names(_candidates(trace))}')
+        return {_outermost(unit.path, trace): unit.maps for unit in ends}
     groups: list[list[_Unit]] = []
     for unit in blocks:
         if groups and groups[-1][-1].levels == unit.levels:

@@ -127,19 +127,48 @@ def test_errors(backbone, stages, error, match):
         find_stages(backbone(), stages)
 
 
-def test_no_stage_lists_candidates():
+def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
 
-    class Convs(nn.Module):
 
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Conv2d(3, 4, 3, stride=2, padding=1)
-            self.second = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+@pytest.mark.parametrize('layers, ends', [
+    # Each resolution up to its last layer that comes before the next; what only pools ends none.
+    ([conv(3, 4), nn.ReLU(inplace=True), conv(4, 4), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+      conv(4, 8), nn.ReLU(), nn.MaxPool2d(2)], [('3', 4, 1), ('6', 8, 2)]),
+    # Channels alone start no stage: AlexNet's change inside one resolution.
+    ([conv(3, 4, 4), conv(4, 8), conv(8, 6), conv(6, 6, 2)], [('2', 6, 4), ('3', 6, 8)]),
+    ([conv(3, 4, 2)], [('0', 4, 2)]),
+])
+def test_a_plain_stack_of_layers(layers, ends):
+    stages, remarks = find_stages(nn.Sequential(*layers))
+    assert [(s.path, s.channels, s.stride) for s in stages] == ends
+    assert not remarks
 
-        def forward(self, x):
-            return (self.second(self.first(x)), )
 
-    with pytest.raises(StageError, match='modules that return feature maps: first, second'):
-        find_stages(Convs())
-    stages, _ = find_stages(Convs(), ['first', 'second'])
+def test_a_row_of_containers_is_cut_into_four():
+    """ConvMixer's layers."""
+    row = [nn.Sequential(conv(4, 4), nn.ReLU(), conv(4, 4)) for _ in range(6)]
+    backbone = nn.Sequential()
+    backbone.add_module('stem', conv(3, 4, 8))
+    backbone.add_module('row', nn.Sequential(*row))
+    stages, _ = find_stages(backbone)
+    assert [s.path for s in stages] == ['row.1', 'row.2', 'row.4', 'row']
+    backbone.out_indices = (1, 3, 5)
+    stages, _ = find_stages(backbone)
+    assert [s.path for s in stages] == ['row.1', 'row.3', 'row']
+
+
+def test_a_backbone_for_grey_images():
+    stages, _ = find_stages(nn.Sequential(conv(1, 4, 2), nn.ReLU(), conv(4, 8, 2)))
     assert [(s.channels, s.stride) for s in stages] == [(4, 2), (8, 4)]
+
+
+def test_no_stage_lists_candidates():
+    """Nothing but a stem is nothing to end a stage with; by hand it can be."""
+    backbone = nn.Sequential()
+    backbone.add_module('stem', conv(3, 4, 2))
+    backbone.add_module('pool', nn.MaxPool2d(2))
+    with pytest.raises(StageError, match='modules that return feature maps: pool, stem'):
+        find_stages(backbone)
+    stages, _ = find_stages(backbone, ['stem', 'pool'])
+    assert [(s.channels, s.stride) for s in stages] == [(4, 2), (4, 4)]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import importlib
 import inspect
+import itertools
 import json
 import os
 import re
@@ -44,7 +46,9 @@ ARGUMENTS = {
                                 trident_dilations=(1, 2, 3), out_indices=(2, )),
     'mmdet.SSDVGG': dict(depth=16, with_last_pool=False, ceil_mode=True),
     'mmseg.STDCNet': _STDC,
-    'mmseg.STDCContextPathNet': dict(backbone_cfg=dict(type='mmseg.STDCNet', **_STDC)),
+    'mmseg.STDCContextPathNet': dict(
+        backbone_cfg=dict(type='mmseg.STDCNet', **_STDC),
+        ffm_cfg=dict(in_channels=384, out_channels=256, scale_factor=4)),
     'mmseg.BiSeNetV1': dict(backbone_cfg=_RESNET18, spatial_channels=(64, 64, 64, 128),
                             context_channels=(128, 256, 512)),
     'mmseg.ICNet': dict(backbone_cfg=_RESNET18, in_channels=3, layer_channels=(128, 512),
@@ -69,8 +73,11 @@ def arguments(name: str, cls: type) -> dict:
     if name in ARGUMENTS:
         return dict(ARGUMENTS[name])
     parameters = {}
-    for base in reversed(cls.__mro__):  # a subclass may hand all on as **kwargs
-        parameters.update(inspect.signature(base.__init__).parameters)
+    for base in cls.__mro__:
+        own = inspect.signature(base.__init__).parameters
+        parameters = {**own, **parameters}
+        if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+            break  # else it hands the rest on to the next class
     kwargs = {}
     for attribute in ('arch_zoo', 'arch_settings'):
         zoo = getattr(cls, attribute, None)
@@ -172,13 +179,14 @@ def check(name: str) -> dict:
         result['arguments'] = {k: v for k, v in kwargs.items() if isinstance(v, (str, int))}
         try:
             plain = _build(dict(type=name, **kwargs), library)
+            plain.eval()
             sizes = []
-            for size in SIZES:
-                with torch.no_grad(), _may_fail():
-                    if _run(plain.eval() or plain, torch.randn(2, 3, *size)):
-                        sizes.append(size)
-                if len(sizes) == 2:
+            for size in itertools.product((3, 1), SIZES):  # colour; grey where nothing else runs
+                if len(sizes) == 2 or sizes and sizes[0][0] != size[0]:
                     break
+                with torch.no_grad(), contextlib.suppress(Exception):
+                    if _run(plain, torch.randn(2, size[0], *size[1])):
+                        sizes.append((size[0], *size[1]))
             if not sizes:
                 with torch.no_grad():
                     _run(plain, torch.randn(2, 3, *SIZES[3]))
@@ -194,15 +202,6 @@ def check(name: str) -> dict:
         result['traceback'] = traceback.format_exc()
     result['seconds'] = round(time.monotonic() - start, 1)
     return result
-
-
-class _may_fail:
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        return kind is not None and issubclass(kind, Exception)
 
 
 def _check_prompted(name: str, library: str, kwargs: dict, sizes: list, result: dict) -> None:
@@ -221,9 +220,10 @@ def _check_prompted(name: str, library: str, kwargs: dict, sizes: list, result: 
     ]
     backbone = sum(p.numel() for p in model.backbone.parameters())
     prompts = sum(p.numel() for p in model.prompts.parameters())
-    result.update(parameters=backbone, prompt_parameters=prompts, sizes=[list(s) for s in sizes])
+    result.update(parameters=backbone, prompt_parameters=prompts,
+                  sizes=[list(size[1:]) for size in sizes])
 
-    images = [torch.randn(2, 3, *size) for size in sizes]
+    images = [torch.randn(2, *size) for size in sizes]
     model.eval()
     with torch.no_grad():
         for image in images:
