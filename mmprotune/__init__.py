@@ -9,14 +9,21 @@ from .version import __version__, check_environment
 check_environment()
 
 from . import checkpoint  # noqa: E402
-from .engine.hooks import FreezeGuardHook, PromptCheckpointHook, PromptStatsHook  # noqa: E402
+from .engine.hooks import (  # noqa: E402
+    FreezeGuardHook,
+    NonFiniteError,
+    NonFiniteGuardHook,
+    PromptCheckpointHook,
+    PromptStatsHook,
+    RanksDisagree,
+)
 from .frozen import FrozenSnapshot, FrozenTensorsChanged, audit  # noqa: E402
 from .models import PromptBlock, PromptedBackbone, protune  # noqa: E402
 
 checkpoint.register()
 
 __all__ = [
-    'FreezeGuardHook', 'FrozenSnapshot', 'FrozenTensorsChanged', 'PromptBlock',
-    'PromptCheckpointHook', 'PromptStatsHook', 'PromptedBackbone', '__version__', 'audit',
-    'checkpoint', 'protune'
+    'FreezeGuardHook', 'FrozenSnapshot', 'FrozenTensorsChanged', 'NonFiniteError',
+    'NonFiniteGuardHook', 'PromptBlock', 'PromptCheckpointHook', 'PromptStatsHook',
+    'PromptedBackbone', 'RanksDisagree', '__version__', 'audit', 'checkpoint', 'protune'
 ]

@@ -6,7 +6,9 @@ backbone: on another one it does not load.
 """
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,13 +20,16 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from . import safe_io
-from .safe_io import CheckpointError, UnreadableCheckpoint, read, register
+from .frozen import fingerprint
+from .frozen.freeze import OPTIONAL_BUFFERS
+from .safe_io import CheckpointError, CheckpointNotWritten, UnreadableCheckpoint, read, register
 from .version import __version__
 
 __all__ = [
-    'CheckpointError', 'FingerprintMismatch', 'IncompleteCheckpoint', 'UnreadableCheckpoint',
-    'describe_model', 'extract', 'full_state_dict', 'inspect', 'load', 'merge', 'problems',
-    'prompted_parts', 'read', 'register', 'verify'
+    'CheckpointError', 'CheckpointNotWritten', 'FingerprintMismatch', 'IncompleteCheckpoint',
+    'NonFiniteCheckpoint', 'UnreadableCheckpoint', 'describe_model', 'extract', 'full_state_dict',
+    'inspect', 'load', 'merge', 'newest', 'problems', 'prompted_parts', 'read', 'register',
+    'verify'
 ]
 
 FINGERPRINT = 'frozen_fingerprint'
@@ -38,13 +43,17 @@ class IncompleteCheckpoint(CheckpointError):
     """Keys are missing, left over, or of other shapes."""
 
 
+class NonFiniteCheckpoint(CheckpointError):
+    """Weights are NaN or infinite."""
+
+
 def prompted_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The prompted backbones in a model, with their dotted paths."""
     return [(path, m) for path, m in model.named_modules() if FINGERPRINT in m._buffers]
 
 
-def _hex(fingerprint: Tensor) -> str:
-    return bytes(fingerprint.tolist()).hex()
+def _hex(sha: Tensor) -> str:
+    return bytes(int(byte) % 256 for byte in sha.flatten().tolist()).hex()
 
 
 def _shown(names, most: int = 5) -> str:
@@ -64,10 +73,25 @@ class _FullLoad:
         module.refresh_fingerprint()
         if self.fingerprint is not None and not torch.equal(
                 self.fingerprint.cpu(), module.frozen_fingerprint.cpu()):
-            raise FingerprintMismatch(
-                'the frozen tensors in the checkpoint do not match the fingerprint in it: expected '
-                f'{_hex(self.fingerprint)[:16]}…, got {_hex(module.frozen_fingerprint)[:16]}…; '
-                'the file is damaged or was put together from two')
+            raise _torn(self.fingerprint, module.frozen_fingerprint)
+
+
+def _torn(expected: Tensor, found: Tensor) -> FingerprintMismatch:
+    return FingerprintMismatch(
+        'the frozen tensors in the checkpoint do not match the fingerprint in it: expected '
+        f'{_hex(expected)[:16]}…, got {_hex(found)[:16]}…; the file is damaged or was put together '
+        'from two')
+
+
+def _check_together(where: str, own: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> None:
+    """Raises when the frozen tensors that came do not have the fingerprint that came with them."""
+    incoming = {
+        name: own.get(f'backbone.{name}', tensor).to(tensor)
+        for name, tensor in frozen.items() if name.rpartition('.')[2] not in OPTIONAL_BUFFERS}
+    found = fingerprint(incoming)
+    if not torch.equal(own[FINGERPRINT].cpu(), found):
+        error = _torn(own[FINGERPRINT], found)
+        raise FingerprintMismatch(f'{where}: {error}')
 
 
 def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
@@ -125,6 +149,9 @@ def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
                 f'{_hex(own[FINGERPRINT].flatten())[:16]}…; check backbone.init_cfg')
         wanted = {k: t for k, t in wanted.items() if k not in frozen}
     _compare(where, wanted, {k: v for k, v in own.items() if k != FINGERPRINT})
+    if full and prompted and FINGERPRINT in own:
+        # Before anything is loaded; _FullLoad looks once more at what has arrived in the model.
+        _check_together(where, own, {n: inner[n] for n in module.frozen_names if n in inner})
     module.__dict__['_incoming'] = (
         prefix, _FullLoad(own.get(FINGERPRINT) if prompted else None) if full else None)
 
@@ -134,11 +161,11 @@ def _compare(where: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tenso
     optional = {k for k in wanted if k.endswith('num_batches_tracked')}
     missing = set(wanted) - set(found) - optional
     left_over = {k for k in set(found) - set(wanted) if not k.endswith('num_batches_tracked')}
-    shapes = [
-        f'{k}: expected {tuple(wanted[k].shape)}, got {tuple(found[k].shape)}'
-        for k in wanted if k in found and isinstance(found[k], Tensor)
-        and found[k].shape != wanted[k].shape
-    ]
+    both = [(k, wanted[k], found[k]) for k in wanted if isinstance(found.get(k), Tensor)]
+    shapes = [f'{k}: expected {tuple(a.shape)}, got {tuple(b.shape)}'
+              for k, a, b in both if a.shape != b.shape]
+    kinds = [f'{k}: expected {a.dtype}, got {b.dtype}' for k, a, b in both
+             if a.is_floating_point() != b.is_floating_point() or a.is_complex() != b.is_complex()]
     parts = []
     if missing:
         parts.append(f'missing: {_shown(missing)}')
@@ -146,6 +173,8 @@ def _compare(where: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tenso
         parts.append(f'not expected: {_shown(left_over)}')
     if shapes:
         parts.append(f'other shapes: {_shown(shapes)}')
+    if kinds:
+        parts.append(f'other types: {_shown(kinds)}')
     if parts:
         raise IncompleteCheckpoint(f'{where}: the checkpoint does not fit: ' + '; '.join(parts))
 
@@ -156,10 +185,16 @@ def _compare(where: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tenso
 def _state_dict_of(checkpoint: Any, path: str) -> dict[str, Tensor]:
     state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, dict) or not state_dict or not all(
-            isinstance(k, str) and isinstance(v, Tensor) for k, v in state_dict.items()):
+            isinstance(k, str) and _is_plain(v) for k, v in state_dict.items()):
         raise UnreadableCheckpoint(f'{path}: expected a state dict of tensors, got '
                                    f'{type(checkpoint).__name__}')
     return state_dict
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor of numbers in memory: not sparse, quantized or without data."""
+    return isinstance(tensor, Tensor) and tensor.layout == torch.strided and \
+        not tensor.is_quantized and not tensor.is_meta
 
 
 def full_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
@@ -182,27 +217,44 @@ def problems(model: nn.Module, state_dict: Mapping[str, Tensor]) -> str | None:
     Returns:
         str, optional: A description; None when every key fits, or when ``state_dict`` is not of a
         prompted model (a stock checkpoint, which hosts load by their own rules).
+
+    Raises:
+        FingerprintMismatch: It was trained on another frozen backbone.
+        NonFiniteCheckpoint: It fits, and holds weights that are NaN or infinite.
     """
-    parts = prompted_parts(model)
-    keys = {f'{path}.{FINGERPRINT}' if path else FINGERPRINT for path, _ in parts}
-    if not keys & set(state_dict):
+    if not {_key(path) for path, _ in prompted_parts(model)} & set(state_dict):
         return None
     try:
-        wanted = model.state_dict()
-        for path, part in parts:
-            prefix = f'{path}.' if path else ''
-            check_incoming(part, dict(state_dict), prefix)
-            part.__dict__.pop('_incoming', None)
-            if any(f'{prefix}backbone.{n}' in state_dict for n in part.frozen_names):
-                wanted.update((f'{prefix}backbone.{n}', t)
-                              for n, t in part.frozen_tensors().items())
-        wanted = {k: v for k, v in wanted.items() if isinstance(v, Tensor)}
-        _compare(type(model).__name__, wanted, state_dict)
-    except FingerprintMismatch:
-        raise
+        _check_whole(model, state_dict)
     except IncompleteCheckpoint as error:
         return str(error)
     return None
+
+
+def _key(path: str) -> str:
+    return f'{path}.{FINGERPRINT}' if path else FINGERPRINT
+
+
+def _check_whole(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Checks a state dict, stock ones too, against every key of a model, which stays as it is."""
+    if not all(_is_plain(v) for v in state_dict.values()):
+        raise IncompleteCheckpoint('the checkpoint holds something else than plain tensors')
+    state_dict = dict(state_dict)
+    wanted = dict(model.state_dict())
+    for path, part in prompted_parts(model):
+        prefix = f'{path}.' if path else ''
+        check_incoming(part, state_dict, prefix)  # renames the keys of stock files
+        part.__dict__.pop('_incoming', None)
+        if any(f'{prefix}backbone.{n}' in state_dict for n in part.frozen_names):
+            wanted.update((f'{prefix}backbone.{n}', t) for n, t in part.frozen_tensors().items())
+            state_dict.setdefault(prefix + FINGERPRINT, part.frozen_fingerprint)
+    wanted = {k: v for k, v in wanted.items() if isinstance(v, Tensor)}
+    _compare(type(model).__name__, wanted, state_dict)
+    parameters = {name for name, _ in model.named_parameters()}
+    bad = [k for k, v in state_dict.items() if v.is_floating_point() and
+           not (v.isfinite() if k in parameters else ~v.isnan()).all()]
+    if bad:
+        raise NonFiniteCheckpoint(f'values that are not finite in {_shown(bad)}')
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> dict:
@@ -222,9 +274,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> dict:
     checkpoint = read(path)
     state_dict = _state_dict_of(checkpoint, path)
     try:
-        problem = problems(model, state_dict)
-        if problem is not None:
-            raise IncompleteCheckpoint(problem)
+        _check_whole(model, state_dict)
         incompatible = model.load_state_dict(state_dict, strict=False)
     except CheckpointError as error:
         raise type(error)(f'{path}: {error}') from None
@@ -260,6 +310,64 @@ def describe_model(model: nn.Module) -> dict:
     return dict(version=__version__, torch_version=str(torch.__version__), backbones=backbones)
 
 
+# --- resuming ------------------------------------------------------------------------------------
+
+
+def newest(work_dir: str | os.PathLike) -> str | None:
+    """The newest whole checkpoint of a run.
+
+    That is the one which ``last_checkpoint`` names, or one saved after it: a process can die
+    between saving a checkpoint and noting its name, and while it notes it. Files that are broken
+    are passed over with a warning.
+
+    Args:
+        work_dir (str | os.PathLike): Of the run.
+
+    Returns:
+        str, optional: Path of a checkpoint that can be resumed from; None where there is none.
+
+    Raises:
+        UnreadableCheckpoint: There are some, and all of them are broken.
+    """
+    work_dir = os.fspath(work_dir)
+    note = os.path.join(work_dir, 'last_checkpoint')
+    last = ''
+    if os.path.isfile(note):
+        with open(note, encoding='utf-8', errors='replace') as file:
+            last = file.read().strip()
+    files = {}
+    for folder in {work_dir, os.path.dirname(last) or work_dir}:
+        if os.path.isdir(folder):
+            with os.scandir(folder) as entries:
+                files.update((entry.path, _age(entry.path)) for entry in entries if entry.is_file()
+                             and re.fullmatch(r'(?!best_)[^.].*\d\.pth', entry.name))
+    order = sorted(files, key=files.get, reverse=True)
+    if os.path.isfile(last):
+        # Later in time and in training; a copied folder has times in any order.
+        noted = _age(last)
+        order = [p for p in order if all(a > b for a, b in zip(files[p], noted))] + [last] + [
+            p for p in order if p != last]
+    broken = None
+    for path in dict.fromkeys(order):
+        try:
+            checkpoint = read(path)
+        except UnreadableCheckpoint as error:
+            broken = broken or error
+            print_log(f'passed over: {error}', logger='current', level=logging.WARNING)
+            continue
+        if isinstance(checkpoint, dict) and 'optimizer' in checkpoint:
+            return path
+    if broken is not None:
+        raise broken
+    return None
+
+
+def _age(path: str) -> tuple[int, int]:
+    """Time of the last change in nanoseconds, and the number at the end of the name."""
+    number = re.search(r'(\d+)\.pth$', path)
+    return os.stat(path).st_mtime_ns, int(number[1]) if number else -1
+
+
 # --- the tool's four verbs -------------------------------------------------------------------
 
 
@@ -278,7 +386,12 @@ def inspect(path: str | os.PathLike) -> dict:
     state_dict = _state_dict_of(checkpoint, path)
     roots = [k[:-len(FINGERPRINT)] for k in state_dict if k.rpartition('.')[2] == FINGERPRINT]
     meta = checkpoint.get('meta', {}) if 'state_dict' in checkpoint else {}
-    known = meta.get('mmprotune', {}) if isinstance(meta, dict) else {}
+    meta = meta if isinstance(meta, dict) else {}
+    try:
+        known = _known(meta.get('mmprotune', {}))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UnreadableCheckpoint(f"{path}: meta['mmprotune'] in it is malformed: "
+                                   f'{type(error).__name__}: {error}') from error
     groups: dict[str, list[int]] = {}
     for key, tensor in state_dict.items():
         root = next((r for r in roots if key.startswith(r)), None)
@@ -287,7 +400,7 @@ def inspect(path: str | os.PathLike) -> dict:
         count[0] += 1
         count[1] += tensor.numel()
         count[2] += tensor.numel() * tensor.element_size()
-    declared = sum(b['frozen_tensors'] for b in known.get('backbones', {}).values())
+    declared = sum(b['frozen_tensors'] for b in known['backbones'].values())
     inside = sum(k.startswith(tuple(r + 'backbone.' for r in roots)) for k in state_dict) \
         if roots else 0
     kind = 'stock' if not roots else 'full' if declared and inside >= declared else 'slim'
@@ -299,11 +412,29 @@ def inspect(path: str | os.PathLike) -> dict:
         values=sum(t.numel() for t in state_dict.values()),
         groups={g: dict(tensors=c[0], values=c[1], bytes=c[2]) for g, c in groups.items()},
         fingerprints={r.rstrip('.'): _hex(state_dict[r + FINGERPRINT]) for r in roots},
-        backbones=known.get('backbones', {}),
-        version=known.get('version'),
-        epoch=meta.get('epoch') if isinstance(meta, dict) else None,
-        iter=meta.get('iter') if isinstance(meta, dict) else None,
-        resumable='optimizer' in checkpoint if isinstance(checkpoint, dict) else False)
+        backbones=known['backbones'],
+        version=known['version'],
+        epoch=meta['epoch'] if isinstance(meta.get('epoch'), int) else None,
+        iter=meta['iter'] if isinstance(meta.get('iter'), int) else None,
+        resumable='optimizer' in checkpoint)
+
+
+def _known(meta: dict) -> dict:
+    """What :func:`describe_model` wrote, down to the types; a stranger may have written it."""
+    version = meta.get('version')
+    backbones = {
+        str(path): dict(
+            type=str(b['type']),
+            fingerprint=str(b['fingerprint']),
+            frozen_tensors=int(b['frozen_tensors']),
+            frozen_bytes=int(b['frozen_bytes']),
+            last_stage=str(b['last_stage']),
+            stages=[
+                dict(name=str(s['name']), path=str(s['path']), channels=int(s['channels']),
+                     stride=float(s['stride'])) for s in b['stages']
+            ])
+        for path, b in meta.get('backbones', {}).items()}
+    return dict(version=None if version is None else str(version), backbones=backbones)
 
 
 def _build(cfg: Config | str | os.PathLike) -> nn.Module:
@@ -353,10 +484,7 @@ def verify(path: str | os.PathLike, cfg: Config | str | os.PathLike) -> dict:
     info = inspect(path)
     if info['kind'] == 'stock':
         raise CheckpointError(f'{info["path"]} is a stock checkpoint: expected a prompted one')
-    state_dict = load(_build(cfg), path)['state_dict']
-    bad = [k for k, v in state_dict.items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad:
-        raise CheckpointError(f'{info["path"]} holds values that are not finite in {_shown(bad)}')
+    load(_build(cfg), path)
     return info
 
 

@@ -7,6 +7,9 @@ import io
 import os
 import pathlib
 import pickle
+import re
+import sys
+import tarfile
 import types
 import warnings
 import zipfile
@@ -28,7 +31,11 @@ class CheckpointError(ValueError):
 
 
 class UnreadableCheckpoint(CheckpointError):
-    """The file is truncated, no checkpoint, or holds more than data."""
+    """The file is truncated, damaged, no checkpoint, or holds more than data."""
+
+
+class CheckpointNotWritten(CheckpointError, OSError):
+    """A file could not be written: the disk is full, say. What was there before still is."""
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -41,10 +48,28 @@ def _statistic(owner: Any, name: Any) -> Any:
     raise pickle.UnpicklingError('builtins.getattr')
 
 
-def _numpy(name: str) -> Any:
-    module = np.core.multiarray if np.lib.NumpyVersion(np.__version__) < '2.0.0' \
-        else np._core.multiarray
-    return getattr(module, name)
+class _Array:
+    """Stands in for ``numpy.ndarray``, which could be made over any memory."""
+
+
+def _new_array(kind: Any, shape: Any, _) -> np.ndarray:
+    """NumPy's ``_reconstruct``: an empty array, which its state then fills."""
+    if kind is not _Array or tuple(shape) != (0, ):
+        raise pickle.UnpicklingError('numpy.ndarray')
+    return np.empty(0, np.int8)
+
+
+def _dtype(name: Any, *_) -> np.dtype:
+    """Stands in for ``numpy.dtype``: numbers only, no objects, no records."""
+    if not isinstance(name, str) or not re.fullmatch(r'[biufc]\d{1,2}|bool', name):
+        raise pickle.UnpicklingError('numpy.dtype')
+    return np.dtype(name)
+
+
+def _numpy_scalar(dtype: Any, data: Any) -> Any:
+    if not isinstance(dtype, np.dtype) or not isinstance(data, bytes):
+        raise pickle.UnpicklingError('numpy.scalar')
+    return np.frombuffer(data, dtype, count=1)[0]
 
 
 # What MMEngine's own checkpoints hold beside tensors; data only.
@@ -58,8 +83,8 @@ _DATA_TYPES = {
     ('builtins', 'set'): set,
     ('builtins', 'slice'): slice,
     ('_codecs', 'encode'): lambda text, encoding: text.encode('latin1'),
-    ('numpy', 'dtype'): np.dtype,
-    ('numpy', 'ndarray'): np.ndarray,
+    ('numpy', 'dtype'): _dtype,
+    ('numpy', 'ndarray'): _Array,
     ('torch', 'Size'): torch.Size,
     ('torch', 'device'): torch.device,
     ('torch._utils', '_rebuild_tensor'): torch._utils._rebuild_tensor,
@@ -68,12 +93,38 @@ _DATA_TYPES = {
     ('torch.serialization', '_get_layout'): torch.serialization._get_layout,
 }
 for _module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-    for _name in ('scalar', '_reconstruct'):
-        _DATA_TYPES[_module, _name] = _numpy(_name)
+    _DATA_TYPES[_module, 'scalar'] = _numpy_scalar
+    _DATA_TYPES[_module, '_reconstruct'] = _new_array
 
 
-class _DataUnpickler(pickle.Unpickler):
-    """Builds the types above and nothing else."""
+def _set_state(target: Any, state: Any) -> None:
+    """What a pickle may do to an object after making it, for the few that need it."""
+    if isinstance(target, np.dtype):
+        # (version, byte order, …): made from its name alone, so only the order is left to check.
+        native = '<' if sys.byteorder == 'little' else '>'
+        if state[1] not in ('|', '=', native) or any(part is not None for part in state[2:5]):
+            raise pickle.UnpicklingError('numpy.dtype.__setstate__')
+    elif type(target) is np.ndarray and isinstance(state[2], np.dtype):
+        target.__setstate__(state)
+    elif type(target) is HistoryBuffer:
+        # Not `statistics_methods`: they would be set for the whole class.
+        target.__dict__.update(
+            (key, state[key]) for key in ('_log_history', '_count_history', 'max_length'))
+        target._set_default_statistics()
+    elif type(target) is collections.OrderedDict and set(state) <= {'_metadata'}:
+        target.__dict__.update(state)
+    else:
+        kind = type(target)
+        raise pickle.UnpicklingError(f'{kind.__module__}.{kind.__qualname__}.__setstate__')
+
+
+class _DataUnpickler(pickle._Unpickler):
+    """Builds the types above and nothing else.
+
+    Python's own unpickler, not the one in C: that one takes the numbers of memo entries at their
+    word, and a file of 20 bytes makes it fill all memory.
+    """
+    dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         if module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype):
@@ -84,6 +135,12 @@ class _DataUnpickler(pickle.Unpickler):
             return _DATA_TYPES[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f'{module}.{name}') from None
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        _set_state(self.stack[-1], state)
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 _data_pickle = types.SimpleNamespace(
@@ -116,12 +173,15 @@ def read(path: str | os.PathLike, map_location: Any = 'cpu') -> Any:
         raise FileNotFoundError(f'{path} can not be found.')
     if path.endswith('.safetensors'):
         return _read_safetensors(path, map_location)
+    # Damaged files can make any of these raise anything.
     try:
+        _check_container(path)
         return torch.load(path, map_location=map_location, weights_only=True)
+    except UnreadableCheckpoint:
+        raise
     except pickle.UnpicklingError:
         pass  # more than tensors and plain types, or no pickle at all
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError,
-            OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
+    except Exception as error:
         raise UnreadableCheckpoint(_broken(path, error)) from error
     try:
         with warnings.catch_warnings():
@@ -135,8 +195,43 @@ def read(path: str | os.PathLike, map_location: Any = 'cpu') -> Any:
                 f'{path} is refused: its pickle calls for {name}, expected tensors and plain data. '
                 'Nothing in it was run') from error
         raise UnreadableCheckpoint(_broken(path, error)) from error
-    except Exception as error:  # garbage can make the unpickler raise anything
+    except Exception as error:
         raise UnreadableCheckpoint(_broken(path, error)) from error
+
+
+def _check_container(path: str) -> None:
+    """Checks a file before PyTorch opens it: what kind it is, and the checksums that are in it.
+
+    PyTorch writes a CRC-32 of every tensor and does not look at it when it reads: without this, a
+    flipped bit would load as another weight.
+    """
+    with open(path, 'rb') as file:
+        zipped = file.read(4) == b'PK\x03\x04'
+    if not zipped:
+        if tarfile.is_tarfile(path):
+            raise UnreadableCheckpoint(f'{path} is refused: a tar archive, expected a file that '
+                                       'torch.save of PyTorch 0.4 or newer wrote')
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        inner = {entry.filename.partition('/')[2] for entry in entries}
+        if 'constants.pkl' in inner or any(name.startswith('code/') for name in inner):
+            raise UnreadableCheckpoint(f'{path} is refused: a TorchScript program, expected '
+                                       'tensors and plain data')
+        packed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]
+        if packed or sum(e.file_size for e in entries) > os.path.getsize(path):
+            raise UnreadableCheckpoint(
+                f'{path} is refused: it would unpack to more than it is '
+                f'({_first(packed) or "entries overlap"}); torch.save does not compress')
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise UnreadableCheckpoint(
+                f'{path} ({os.path.getsize(path)} bytes) is damaged: {damaged} in it does not '
+                'match its CRC-32')
+
+
+def _first(names: list[str]) -> str:
+    return f'{names[0]} is compressed' if names else ''
 
 
 def _broken(path: str, error: Exception) -> str:
@@ -217,8 +312,24 @@ def _plain(value: Any, where: str) -> Any:
     return _LEAVE_OUT
 
 
-def from_plain(value: Any) -> Any:
-    """The inverse of :func:`to_plain` for history buffers, counters and arrays."""
+def from_plain(value: Any, where: str = 'checkpoint') -> Any:
+    """The inverse of :func:`to_plain` for history buffers, counters and arrays.
+
+    Args:
+        value: What :func:`read` returned, or a part of it. Changed in place.
+        where (str): Its place in the checkpoint, for the error.
+
+    Raises:
+        UnreadableCheckpoint: Something in it is not what :func:`to_plain` makes.
+    """
+    try:
+        return _from_plain(value)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise UnreadableCheckpoint(
+            f'{where} is malformed: {type(error).__name__}: {error}') from error
+
+
+def _from_plain(value: Any) -> Any:
     if isinstance(value, dict):
         kind = value.get(_TYPE)
         if kind == 'ndarray':
@@ -229,12 +340,12 @@ def from_plain(value: Any) -> Any:
             return HistoryBuffer(
                 value['log'].cpu().numpy(), value['count'].cpu().numpy(), value['max_length'])
         for key, item in value.items():
-            value[key] = from_plain(item)
+            value[key] = _from_plain(item)
         return value
     if isinstance(value, list):
-        return [from_plain(v) for v in value]
+        return [_from_plain(v) for v in value]
     if type(value) is tuple:
-        return tuple(from_plain(v) for v in value)
+        return tuple(_from_plain(v) for v in value)
     return value
 
 
@@ -244,33 +355,82 @@ def from_plain(value: Any) -> Any:
 def write_bytes(data: bytes, path: str | os.PathLike) -> None:
     """Writes a file whole or not at all: to a temporary name beside it, synced, then renamed.
 
+    The temporary file is locked while it is written, so that one whose writer was killed can be
+    told from one in use; :func:`remove_stale` and the next write of the same name remove it.
+
     Args:
         data (bytes): Content.
         path (str | os.PathLike): Where; its folder is made when missing.
 
     Raises:
-        OSError: Writing failed; what was at ``path`` before is untouched.
+        CheckpointNotWritten: Writing failed; what was at ``path`` before is untouched.
     """
     path = os.path.abspath(os.fspath(path))
     folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
     try:
-        with open(temporary, 'wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    if os.name == 'posix':  # the new name itself must survive a power cut
-        descriptor = os.open(folder, os.O_RDONLY)
+        os.makedirs(folder, exist_ok=True)
+        remove_stale(folder, name)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            with open(temporary, 'wb') as file:
+                _lock(file)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        if os.name == 'posix':  # the new name itself must survive a power cut
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError as error:
+        before = 'what was there before is untouched' if os.path.exists(path) else \
+            'nothing is there'
+        raise CheckpointNotWritten(
+            f'{path} ({len(data)} bytes) could not be written: {error.strerror or error}; {before}'
+        ) from error
+
+
+def _lock(file: io.IOBase) -> bool:
+    """Locks a file for this process, until it ends or closes it. False: another one holds it."""
+    if os.name != 'posix':
+        return True
+    import fcntl
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return os.path.basename(file.name).split('.')[-2] == str(os.getpid())
+    return True
+
+
+def remove_stale(folder: str | os.PathLike, name: str | None = None) -> list[str]:
+    """Removes temporary files whose writers were killed.
+
+    Args:
+        folder (str | os.PathLike): Where; not below it.
+        name (str, optional): Of the file that was being written. Defaults to any.
+
+    Returns:
+        list[str]: Paths of the removed files.
+    """
+    pattern = re.compile(r'\.' + ('.+' if name is None else re.escape(name)) + r'\.\d+\.tmp')
+    removed = []
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not pattern.fullmatch(entry.name):
+                continue
+            with contextlib.suppress(OSError), open(entry.path, 'rb') as file:
+                if _lock(file):
+                    os.unlink(entry.path)
+                    removed.append(entry.path)
+    return sorted(removed)
 
 
 def write(checkpoint: Any, path: str | os.PathLike) -> int:
@@ -290,13 +450,31 @@ def write(checkpoint: Any, path: str | os.PathLike) -> int:
 
 
 class AtomicLocalBackend(LocalBackend):
-    """MMEngine's local file backend, with writes that happen whole or not at all."""
+    """MMEngine's local file backend, with writes that happen whole or not at all.
+
+    MMEngine's checkpoint hook removes the oldest checkpoint before it writes the newest. With one
+    to keep, a process that dies in between leaves none. So what is removed goes when the next file
+    has been written.
+    """
+    _doomed: list[str] = []  # of all instances: MMEngine makes one a file
 
     def put(self, obj: bytes | memoryview, filepath: str | os.PathLike) -> None:
         write_bytes(bytes(obj), filepath)
+        written = os.path.abspath(filepath)
+        for path in list(self._doomed):
+            if os.path.dirname(path) == os.path.dirname(written):
+                self._doomed.remove(path)
+                if path != written:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(path)
 
     def put_text(self, obj: str, filepath: str | os.PathLike, encoding: str = 'utf-8') -> None:
         write_bytes(obj.encode(encoding), filepath)
+
+    def remove(self, filepath: str | os.PathLike) -> None:
+        if not self.isfile(filepath):
+            raise FileNotFoundError(f'{os.fspath(filepath)} is no file')
+        self._doomed.append(os.path.abspath(filepath))
 
 
 def register() -> None:

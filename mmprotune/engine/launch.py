@@ -25,7 +25,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import MODEL_WRAPPERS as ROOT_MODEL_WRAPPERS
 from mmengine.registry import RUNNERS, Registry
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 # mmcv's names of the layer that synchronises batch statistics between processes.
 SYNC_BN_TYPES = ('SyncBN', 'MMSyncBN')
@@ -75,11 +75,13 @@ def run_tool(main: Callable[[], None]) -> int:
         int: Exit status, 0 or 1.
     """
     from mmprotune.checkpoint import CheckpointError
+    from mmprotune.engine.hooks import NonFiniteError, RanksDisagree
     from mmprotune.models.prompted_backbone import PretrainedFileError
     from mmprotune.models.stages import StageError
     try:
         main()
-    except (CheckpointError, LaunchError, PretrainedFileError, StageError, URLError) as error:
+    except (CheckpointError, LaunchError, NonFiniteError, PretrainedFileError, RanksDisagree,
+            StageError, URLError) as error:
         if os.environ.get('MMPROTUNE_DEBUG') == '1':
             raise
         if isinstance(error, URLError):
@@ -159,20 +161,14 @@ def set_resume(cfg: Config, resume: str | None) -> None:
     if resume is None:
         return
     if resume == 'auto':
-        resume = _latest_checkpoint(cfg.work_dir)
+        from mmprotune.checkpoint import newest
+        resume = newest(cfg.work_dir)
         if resume is None:
             notify(f'--resume: no checkpoint in {cfg.work_dir!r}, training starts anew')
             return
     check_checkpoint_path('--resume', resume)
     cfg.resume = True
     cfg.load_from = resume
-
-
-def _latest_checkpoint(work_dir: str) -> str | None:
-    """The checkpoint that ``last_checkpoint`` in ``work_dir`` points to; None without one."""
-    if not osp.isfile(osp.join(work_dir, 'last_checkpoint')):
-        return None
-    return find_latest_checkpoint(work_dir)
 
 
 def use_amp(cfg: Config) -> None:

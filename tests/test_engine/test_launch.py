@@ -117,7 +117,7 @@ def test_resume_auto(tmp_path):
     assert (cfg.resume, cfg.load_from) == (False, 'weights.pth')
 
     newest = tmp_path / 'epoch_2.pth'
-    newest.touch()
+    torch.save(dict(optimizer={}), newest)
     (tmp_path / 'last_checkpoint').write_text(str(newest))
     launch.set_resume(cfg, 'auto')
     assert (cfg.resume, cfg.load_from) == (True, str(newest))

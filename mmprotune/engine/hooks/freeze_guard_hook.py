@@ -1,10 +1,23 @@
 from __future__ import annotations
 
+import hashlib
+import json
+
+import torch
+from mmengine import __version__ as mmengine_version
+from mmengine.dist import all_gather_object, get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from torch import nn
 
+from mmprotune.checkpoint import prompted_parts
 from mmprotune.frozen import FrozenSnapshot, audit
 from mmprotune.registry import HOOKS
+from mmprotune.version import __version__
+
+
+class RanksDisagree(RuntimeError):
+    """The processes of one run have other frozen backbones, or other versions."""
 
 
 @HOOKS.register_module()
@@ -14,6 +27,10 @@ class FreezeGuardHook(Hook):
     Takes a digest of every frozen tensor before training, and compares after the first iterations
     and at the end. A tensor that moved stops training with its name.
 
+    With several processes, the digests, the fingerprints of what each process itself has loaded
+    and the versions are compared across them before the first step. (Weights alone would not tell:
+    PyTorch's wrapper overwrites everyone's with the first process's.)
+
     Args:
         check_after (int): Iterations after which the first check is made. Defaults to 2: what
             moves at all (an optimizer step, BatchNorm statistics) has moved by then.
@@ -21,6 +38,7 @@ class FreezeGuardHook(Hook):
     Raises:
         ValueError: ``check_after`` is no positive int, or the model has no prompted backbone.
         FrozenTensorsChanged: Something frozen moved, or is set up to.
+        RanksDisagree: The processes are not of one mind.
     """
 
     # After every other hook of the iteration, so that what they change is seen too.
@@ -34,7 +52,10 @@ class FreezeGuardHook(Hook):
         self._done = 0
 
     def before_train(self, runner) -> None:
-        self._snapshot = FrozenSnapshot(_unwrapped(runner))
+        model = _unwrapped(runner)
+        self._snapshot = FrozenSnapshot(model)
+        if get_world_size() > 1:
+            compare_ranks(all_gather_object(_stand(model, self._snapshot)))
         self._done = 0
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
@@ -48,3 +69,35 @@ class FreezeGuardHook(Hook):
 
 def _unwrapped(runner):
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _stand(model: nn.Module, snapshot: FrozenSnapshot) -> dict[str, str]:
+    """What all processes must have in common, as text to compare and to show."""
+    stand = {'mmprotune': __version__, 'torch': torch.__version__, 'mmengine': mmengine_version}
+    for path, part in prompted_parts(model):
+        stand[f'fingerprint of {path or "the model"}'] = part.own_fingerprint
+    digests = json.dumps(sorted(snapshot.digests.items())).encode()
+    stand['frozen tensors'] = hashlib.sha256(digests).hexdigest()
+    return stand
+
+
+def compare_ranks(stands: list[dict[str, str]]) -> None:
+    """Compares what the processes stand for.
+
+    Args:
+        stands (list[dict[str, str]]): One of each process, in the order of the ranks.
+
+    Raises:
+        RanksDisagree: They differ; the message holds every value that does, and whose it is.
+    """
+    differing = []
+    for key in dict.fromkeys(key for stand in stands for key in stand):
+        ranks: dict[str, list[str]] = {}
+        for rank, stand in enumerate(stands):
+            ranks.setdefault(stand.get(key, 'none'), []).append(str(rank))
+        if len(ranks) > 1:
+            differing.append(f'{key}: ' + ', '.join(
+                f'{value[:16]} on rank {"/".join(of)}' for value, of in ranks.items()))
+    if differing:
+        raise RanksDisagree('the processes of this run do not belong together: '
+                            f'{"; ".join(differing)}. Training was not started')

@@ -1,15 +1,24 @@
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
 import torch
+from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
 from torch import Tensor
 
 from mmprotune import safe_io
-from mmprotune.checkpoint import IncompleteCheckpoint, describe_model, problems
+from mmprotune.checkpoint import (
+    CheckpointError,
+    IncompleteCheckpoint,
+    UnreadableCheckpoint,
+    describe_model,
+    newest,
+    problems,
+)
 from mmprotune.registry import HOOKS
 
 
@@ -44,12 +53,28 @@ class PromptCheckpointHook(Hook):
         self._before_val: dict | None = None
 
     def before_run(self, runner) -> None:
+        if getattr(runner, '_resume', False) and runner._load_from is None:
+            # MMEngine would trust `last_checkpoint`, which a killed process can leave empty.
+            runner._load_from = newest(runner.work_dir)
         if not self.atomic:
             return
         for hook in runner.hooks:
             if isinstance(hook, CheckpointHook) and hook.backend_args is None and \
                     hook.file_client_args is None and '://' not in str(hook.out_dir or ''):
                 hook.backend_args = dict(backend=safe_io.BACKEND)
+
+    def before_train(self, runner) -> None:
+        if not self.atomic or not is_main_process():
+            return
+        folders = {runner.work_dir}
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook) and '://' not in str(hook.out_dir or ''):
+                # The hook itself adds the run's name, in its own before_train.
+                folders.add(os.path.join(str(hook.out_dir or runner.work_dir),
+                                         os.path.basename(runner.work_dir.rstrip(os.sep))))
+        for folder in sorted(folders):
+            for path in safe_io.remove_stale(folder):
+                runner.logger.warning(f'removed {path}: its writer was killed')
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
@@ -61,17 +86,31 @@ class PromptCheckpointHook(Hook):
                 checkpoint[key] = safe_io.to_plain(value, key)
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        try:
+            self._check(runner, checkpoint)
+        except CheckpointError as error:
+            raise type(error)(f'{runner._load_from}: {error}') from error.__cause__
+
+    def _check(self, runner, checkpoint: dict) -> None:
+        if not isinstance(checkpoint, dict):
+            raise UnreadableCheckpoint(
+                f'expected a dict with a state dict, got {type(checkpoint).__name__}')
         for key, value in checkpoint.items():
-            if not key.endswith('state_dict') and not isinstance(value, Tensor):
-                checkpoint[key] = safe_io.from_plain(value)
-        if self.strict and isinstance(checkpoint.get('state_dict'), dict):
+            if not str(key).endswith('state_dict') and not isinstance(value, Tensor):
+                checkpoint[key] = safe_io.from_plain(value, str(key))
+        resumes = getattr(runner, '_resume', False)
+        if self.strict:
+            if resumes:
+                _check_resumable(checkpoint)
             model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-            problem = problems(model, checkpoint['state_dict'])
+            state_dict = checkpoint.get('state_dict', checkpoint)
+            problem = problems(model, state_dict) if isinstance(state_dict, dict) else \
+                f'expected a state dict, got {type(state_dict).__name__}'
             if problem is not None:
                 raise IncompleteCheckpoint(
                     f'{problem}. Nothing was loaded; '
                     "dict(type='mmprotune.PromptCheckpointHook', strict=False) loads what fits")
-        if self.save_random_state and getattr(runner, '_resume', False):
+        if self.save_random_state and resumes:
             self._resumed = checkpoint.get('random_state')
 
     def before_train_epoch(self, runner) -> None:
@@ -108,6 +147,19 @@ def _random_state() -> dict:
     if torch.cuda.is_available():
         state['cuda'] = torch.cuda.get_rng_state_all()
     return state
+
+
+def _check_resumable(checkpoint: dict) -> None:
+    """Raises where MMEngine would fail halfway, or go on with a new optimizer and say nothing."""
+    meta = checkpoint.get('meta')
+    if not isinstance(meta, dict) or not all(
+            isinstance(meta.get(key), int) for key in ('epoch', 'iter')):
+        raise IncompleteCheckpoint('it does not say how far training had come')
+    missing = [key for key in ('optimizer', 'message_hub', 'state_dict')
+               if not isinstance(checkpoint.get(key), dict)]
+    if missing:
+        raise IncompleteCheckpoint(f'it holds no {" and no ".join(missing)}, so training cannot be '
+                                   'resumed from it; load_from without resume takes its weights')
 
 
 def _set_random_state(state: dict) -> None:
