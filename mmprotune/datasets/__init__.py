@@ -1,8 +1,10 @@
 import contextlib
 
+from .corrupt import Corrupt
 from .long_tailed import LongTailedDataset
+from .numpy_images import NumpyImages
 
-__all__ = ['LongTailedDataset']
+__all__ = ['Corrupt', 'LongTailedDataset', 'NumpyImages']
 
 # Needs mmseg, which users of other hosts may not have.
 with contextlib.suppress(ImportError):
