@@ -115,7 +115,11 @@ class PromptCheckpointHook(Hook):
 
     def before_train_epoch(self, runner) -> None:
         if self._resumed is not None:
-            _set_random_state(self._resumed)
+            try:
+                _set_random_state(self._resumed)
+            except Exception as error:
+                raise UnreadableCheckpoint(f'{runner._load_from}: random_state is malformed: '
+                                           f'{type(error).__name__}: {error}') from error
             self._resumed = None
             # The loader was built before the checkpoint's seed was known; the order of the images
             # goes by it.
