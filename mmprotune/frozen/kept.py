@@ -1,0 +1,85 @@
+"""Counts the bytes that autograd keeps for the backward pass."""
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+
+class _Saved:
+    """A tensor that autograd saved; goes away together with the node that saved it."""
+
+    __slots__ = ('__weakref__', 'path', 'tensor')
+
+    def __init__(self, tensor: Tensor, path: str) -> None:
+        # Detached: a node that holds its own output in a graph would never be freed.
+        self.tensor, self.path = tensor.detach(), path
+
+
+class KeptBytes:
+    """While open, notes what autograd saves; then tells how many bytes it keeps, and for whom.
+
+    Counted by storage: several views of one memory count once, for the module that saved it first.
+    The model's own parameters and buffers do not count. Exact: whatever a function keeps it keeps
+    through ``save_for_backward``; outputs that the caller holds are not counted.
+
+    Args:
+        model (nn.Module): The model whose forward pass is run inside the ``with`` block.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._paths = {m: path for path, m in model.named_modules()}
+        self._own = {_storage(t)[0] for t in (*model.parameters(), *model.buffers())}
+        self._stack = ['']
+        self._saved: list[weakref.ref[_Saved]] = []
+        self._handles: list = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(
+            self._pack, lambda saved: saved.tensor)
+
+    def __enter__(self) -> KeptBytes:
+        self._handles = [
+            module_hooks.register_module_forward_pre_hook(self._enter_module),
+            module_hooks.register_module_forward_hook(self._leave_module, always_call=True),
+        ]
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._hooks.__exit__(*exc_info)
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter_module(self, module, _) -> None:
+        self._stack.append(self._paths.get(module, self._stack[-1]))
+
+    def _leave_module(self, *_) -> None:
+        self._stack.pop()
+
+    def _pack(self, tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor, self._stack[-1])
+        self._saved.append(weakref.ref(saved))
+        return saved
+
+    def by_module(self) -> dict[str, int]:
+        """Bytes kept now, by dotted module name ('': outside of any module)."""
+        seen = set(self._own)
+        counted: Counter[str] = Counter()
+        for saved in (ref() for ref in self._saved):
+            if saved is not None:
+                place, size = _storage(saved.tensor)
+                if place not in seen:
+                    seen.add(place)
+                    counted[saved.path] += size
+        return dict(counted)
+
+    def total(self) -> int:
+        """Bytes kept now."""
+        return sum(self.by_module().values())
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()

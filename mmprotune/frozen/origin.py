@@ -1,0 +1,243 @@
+"""What lean functions share: when to build a graph, in which precision, where tensors come from."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class FrozenLayerError(RuntimeError):
+    """A lean layer is used in a way in which its gradients would be wrong."""
+
+
+def is_recorded() -> bool:
+    """Whether ``torch.compile`` or a tracer records the operators instead of running them."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def builds_graph(*tensors: Tensor | None) -> bool:
+    """Whether a function of these tensors has to build an autograd graph of its own.
+
+    Args:
+        *tensors (Tensor, optional): Its inputs.
+    """
+    if not torch.is_grad_enabled() or is_recorded():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_frozen(*parameters: Tensor | None) -> None:
+    """Refuses parameters that would train: a lean function gives them no gradient.
+
+    Args:
+        *parameters (Tensor, optional): Parameters of a lean layer.
+
+    Raises:
+        FrozenLayerError: Gradient mode is on and one of them requires a gradient.
+    """
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
+        raise FrozenLayerError(
+            'a lean layer gives its own parameters no gradient, but requires_grad of one of them '
+            'was set to True after the model was built; name it in model.backbone.trainable '
+            'instead, or set model.backbone.lean=False')
+
+
+def cast(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    """A weight that is stored in a lower precision than ``x``, in the dtype of ``x``.
+
+    Under autocast, and in every other case, the weight itself.
+
+    Args:
+        weight (Tensor, optional): A frozen parameter.
+        x (Tensor): What it is applied to.
+    """
+    if (weight is None or weight.element_size() >= x.element_size()
+            or _autocast_state(x.device.type)[0]):
+        return weight
+    return weight.to(x.dtype)
+
+
+# --- precision --------------------------------------------------------------------------------
+
+
+class Precision:
+    """The autocast state of a forward pass, to compute something again in the same dtypes.
+
+    Args:
+        device (torch.device): Device of the computation.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device_type = device.type
+        self.enabled, self.dtype = _autocast_state(device.type)
+
+    def __call__(self) -> contextlib.AbstractContextManager:
+        return _autocast(self.device_type, self.enabled, self.dtype)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Switches autocast off on the device of ``x``: gradients keep the dtypes they come in."""
+    return _autocast(x.device.type, False, None)
+
+
+def _autocast(device_type: str, enabled: bool, dtype: torch.dtype | None):
+    if not enabled and not _autocast_state(device_type)[0]:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+def _autocast_state(device_type: str) -> tuple[bool, torch.dtype | None]:
+    try:
+        enabled = torch.is_autocast_enabled(device_type)
+        return enabled, torch.get_autocast_dtype(device_type) if enabled else None
+    except (TypeError, AttributeError):  # torch < 2.4: one function a device
+        if device_type == 'cpu':
+            return torch.is_autocast_cpu_enabled(), torch.get_autocast_cpu_dtype()
+        return torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()
+
+
+# --- where a tensor comes from ----------------------------------------------------------------
+
+
+class Replay:
+    """Computes a tensor again, without a graph and in the precision of the first time.
+
+    Args:
+        compute (Callable): Takes the source, returns the tensor.
+        precision (Precision): Of the first time.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], Tensor], precision: Precision) -> None:
+        self.compute, self.precision = compute, precision
+
+    def __call__(self, source: Tensor) -> Tensor:
+        with torch.no_grad(), self.precision():
+            return self.compute(source)
+
+
+class Origin:
+    """Notes on a tensor what it can be computed from again, where that is kept anyway.
+
+    A frozen LayerNorm keeps its input. It marks its output with that input, so that whoever needs
+    the output in the backward pass keeps the input too, at no cost, and normalises once more.
+
+    Args:
+        source (Tensor): What is kept.
+        result (Tensor): What is computed from it.
+        compute (Callable): How.
+    """
+
+    def __init__(self, source: Tensor, result: Tensor, compute: Callable[[Tensor], Tensor]) -> None:
+        self.source = source.detach()
+        self.replay = Replay(compute, Precision(source.device))
+        self._versions = source._version, result._version
+        result._lean_origin = self
+
+    @classmethod
+    def of(cls, result: Tensor) -> Origin | None:
+        """The origin of a tensor; None where it has none or was changed in place since."""
+        origin = getattr(result, '_lean_origin', None)
+        if origin is None or origin._versions != (origin.source._version, result._version):
+            return None
+        return origin
+
+
+class Kept:
+    """A tensor that the backward pass needs: the tensor itself is kept, or what it comes from.
+
+    Args:
+        tensor (Tensor): The tensor; it may be a view of one that has an :class:`Origin`.
+
+    Attributes:
+        source (Tensor, optional): What is kept; None once it has been taken.
+        is_free (bool): Whether another function keeps the same thing anyway.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.source: Tensor | None = tensor
+        self._replay: Replay | None = None
+        self._view: tuple | None = None
+        origin = Origin.of(tensor)
+        if origin is None and tensor._base is not None:
+            origin = Origin.of(tensor._base)
+            self._view = tensor.size(), tensor.stride(), tensor.storage_offset()
+        if origin is not None:
+            self.source, self._replay = origin.source, origin.replay
+
+    @property
+    def is_free(self) -> bool:
+        return self._replay is not None
+
+    def take(self) -> Tensor:
+        """What to hand to ``save_for_backward``; to be called once."""
+        source, self.source = self.source, None
+        return source
+
+    def __call__(self, source: Tensor) -> Tensor:
+        """The tensor, from what was saved."""
+        if self._replay is None:
+            return source
+        tensor = self._replay(source)
+        return tensor if self._view is None else tensor.as_strided(*self._view)
+
+
+class Producer:
+    """Notes on a tensor which frozen linear layer made it, and from what.
+
+    An activation that needs its input in the backward pass may then keep the layer's smaller input
+    and apply the layer once more. Layers in a row are one producer.
+
+    Args:
+        x (Tensor): Input of the layer, in the autograd graph.
+        result (Tensor): Its output.
+        compute (Callable): The layer.
+        input_gradient (Callable): Takes the gradient of its output, returns that of its input.
+        flops (int): Multiplications of one application.
+        owner (object): The layer's name, to whoever plans what is computed again.
+    """
+
+    def __init__(self, x: Tensor, result: Tensor, compute: Callable[[Tensor], Tensor],
+                 input_gradient: Callable[[Tensor], Tensor], flops: int, owner: object) -> None:
+        before = Producer.of(x)
+        self.x, self.flops, self.owners = x, flops, (owner, )
+        self._computes, self._gradients = (compute, ), (input_gradient, )
+        if before is not None and before.x.nbytes < x.nbytes:
+            self.x, self.flops = before.x, before.flops + flops
+            self.owners = (*before.owners, owner)
+            self._computes = (*before._computes, compute)
+            self._gradients = (*before._gradients, input_gradient)
+        self._precision = Precision(x.device)
+        self._versions = self.x._version, result._version
+        result._lean_producer = self
+
+    @classmethod
+    def of(cls, result: Tensor) -> Producer | None:
+        """The producer of a tensor; None where it has none or was changed in place since."""
+        producer = getattr(result, '_lean_producer', None)
+        if producer is None or producer._versions != (producer.x._version, result._version):
+            return None
+        return producer
+
+    def replay(self) -> Replay:
+        """Computes the result from ``x`` again. Does not hold ``x``."""
+        computes = self._computes
+
+        def compute(x: Tensor) -> Tensor:
+            for layer in computes:
+                x = layer(x)
+            return x
+
+        return Replay(compute, self._precision)
+
+    def input_gradient(self) -> Callable[[Tensor], Tensor]:
+        """From the gradient of the result to that of ``x``. Does not hold ``x``."""
+        gradients = self._gradients
+
+        def gradient(grad: Tensor) -> Tensor:
+            for layer in reversed(gradients):
+                grad = layer(grad)
+            return grad
+
+        return gradient
