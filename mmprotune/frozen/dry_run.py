@@ -14,16 +14,23 @@ IMAGE_CHANNELS = (3, 1)
 
 
 def image_shapes(network: nn.Module) -> list[tuple[int, int, int]]:
-    """Shapes (C, H, W) to try: the size that the network says it was built for, then usual ones;
-    in colour first.
+    """Shapes (C, H, W) to try: the size that the network says it was built for, usual ones, then
+    those that its parts name (timm's patch embeddings; up to 518 px, too slow to come first); in
+    colour first.
 
     Args:
         network (nn.Module): Takes images of shape (N, C, H, W).
     """
     sizes = list(IMAGE_SIZES)
-    fixed = getattr(network, 'img_size', None) or getattr(network, 'image_size', None)
-    if fixed is not None:
-        sizes.insert(0, (fixed, fixed) if isinstance(fixed, int) else tuple(fixed)[-2:])
+    for module in network.modules():
+        fixed = getattr(module, 'img_size', None) or getattr(module, 'image_size', None)
+        if fixed is None:
+            continue
+        fixed = (fixed, fixed) if isinstance(fixed, int) else tuple(fixed)[-2:]
+        if module is network:
+            sizes.insert(0, fixed)
+        elif fixed not in sizes:
+            sizes.append(fixed)
     return [(channels, *size) for channels in IMAGE_CHANNELS for size in sizes]
 
 
