@@ -12,7 +12,7 @@ from mmengine.registry import DefaultScope
 from .conftest import RESNET18, build, wake
 
 CLASSES = ('blue', 'green', 'red', 'white')
-COLOURS = np.array([(150, 110, 110), (110, 150, 110), (110, 110, 150), (150, 150, 150)])  # BGR
+COLOURS = np.array([(170, 100, 100), (100, 170, 100), (100, 100, 170), (170, 170, 170)])  # BGR
 SIZE = 32  # pixels
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 
@@ -62,7 +62,7 @@ def classifier_cfg(backbone: dict | None = None) -> dict:
             loss=dict(type='mmpretrain.CrossEntropyLoss')))
 
 
-def train(model, steps: int = 40) -> None:
+def train(model, steps: int = 60) -> None:
     """Trains what is not frozen on drawn images."""
     wake(model)
     parameters = [p for p in model.parameters() if p.requires_grad]

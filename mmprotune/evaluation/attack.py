@@ -39,6 +39,9 @@ class PixelClassifier(nn.Module):
         Returns:
             Tensor: Logits of shape (N, classes).
         """
+        if pixels.requires_grad:
+            # Swapping channels makes strides that pyautoattack cannot take.
+            pixels.register_hook(lambda gradient: gradient.contiguous())
         if self.scale != MAXIMUM:
             pixels = pixels * (MAXIMUM / self.scale)
         data = self.model.data_preprocessor(dict(inputs=pixels), False)
