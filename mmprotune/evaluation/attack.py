@@ -39,9 +39,6 @@ class PixelClassifier(nn.Module):
         Returns:
             Tensor: Logits of shape (N, classes).
         """
-        if pixels.requires_grad:
-            # Swapping channels makes strides that pyautoattack cannot take.
-            pixels.register_hook(lambda gradient: gradient.contiguous())
         if self.scale != MAXIMUM:
             pixels = pixels * (MAXIMUM / self.scale)
         data = self.model.data_preprocessor(dict(inputs=pixels), False)
@@ -106,7 +103,8 @@ def perturb(model: BaseModel,
         ValueError: An argument is out of range, or images are not in 0 to 255.
     """
     check_attack(kind, eps, steps)
-    images = images.float()
+    # pyautoattack cannot take other strides.
+    images = images.float().contiguous()
     if images.min() < 0 or images.max() > MAXIMUM:
         raise ValueError(f'expected pixels between 0 and 255, got {images.min().item():g} to '
                          f'{images.max().item():g}; normalisation belongs to the data '
