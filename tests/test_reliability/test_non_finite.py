@@ -3,15 +3,14 @@ import math
 
 import pytest
 import torch
-from mmcv.transforms import BaseTransform
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS as ROOT_HOOKS
-from mmengine.registry import TRANSFORMS
 
 from mmprotune import NonFiniteError, NonFiniteGuardHook
 from tests.detection import detector_cfg, draw_coco, run
 
+from . import work  # noqa: F401  DrawNaN
 from .models import atss_cfg
 
 
@@ -34,20 +33,6 @@ def guarded(cfg, *hooks, **options):
 @pytest.fixture
 def cfg(prompted_cfg, data, tmp_path):
     return detector_cfg(prompted_cfg, data, tmp_path)
-
-
-@TRANSFORMS.register_module(force=True)
-class DrawNaN(BaseTransform):
-    """A picture with one value that is no number."""
-
-    def __init__(self, img_id):
-        self.img_id = img_id
-
-    def transform(self, results):
-        if results['img_id'] == self.img_id:
-            results['img'] = results['img'].astype('float32')
-            results['img'][3, 4] = math.nan
-        return results
 
 
 @ROOT_HOOKS.register_module(force=True)

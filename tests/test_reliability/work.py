@@ -5,10 +5,12 @@ The process from which they are forked imports this module first, so that they s
 from __future__ import annotations
 
 import builtins
+import math
 import os
 import signal
 import sys
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 # Slow to import, and needed by each of them.
 import mmdet.datasets.transforms
@@ -17,11 +19,17 @@ import mmdet.evaluation
 import mmdet.models
 import mmdet.visualization  # noqa: F401
 import mmengine.hooks.checkpoint_hook as checkpoint_hook
+import torch
+from mmcv.transforms import BaseTransform
+from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS, TRANSFORMS
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from mmprotune import safe_io
+from mmprotune import FrozenSnapshot, safe_io
 from mmprotune.engine import launch
+from mmprotune.engine.hooks import freeze_guard_hook
 from tests.test_tools.conftest import load_tool
 
 _beacon: Connection | None = None
@@ -41,9 +49,72 @@ class Beacon(Hook):
             _beacon.send(('after', runner.iter))
 
 
+@HOOKS.register_module(force=True)
+class Recorder(Hook):
+    """Writes down what a rank computed: gradients of each step, weights and digests at the end,
+    bytes that were reduced. In ``<work_dir>/rank<rank>.pth``."""
+    priority = 'VERY_LOW'
+
+    def before_train(self, runner):
+        self.gradients, self.reduced = [], []
+        wrapped = is_model_wrapper(runner.model)
+        self.model = runner.model.module if wrapped else runner.model
+        self.unused = wrapped and runner.model.find_unused_parameters
+        if wrapped:
+            runner.model.register_comm_hook(None, self._count)
+        runner.optim_wrapper.optimizer.register_step_pre_hook(self._note)
+
+    def _count(self, state, bucket):
+        self.reduced[-1] += bucket.buffer().numel() * bucket.buffer().element_size()
+        return allreduce_hook(None, bucket)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.reduced.append(0)
+
+    def _note(self, optimizer, args, kwargs):
+        self.gradients.append({
+            n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
+
+    def after_train(self, runner):
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        torch.save(dict(
+            gradients=self.gradients, reduced=self.reduced, unused=self.unused,
+            trainable_bytes=sum(p.numel() * p.element_size() for p in trainable),
+            all_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            digests=FrozenSnapshot(self.model).digests,
+            weights=self.model.state_dict()), f'{runner.work_dir}/rank{get_rank()}.pth')
+
+
+@HOOKS.register_module(force=True)
+class Mortal(Hook):
+    """Kills its process once, before an iteration of one rank."""
+
+    def __init__(self, rank, iteration, mark):
+        self.rank, self.iteration, self.mark = rank, iteration, Path(mark)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if (get_rank(), runner.iter) == (self.rank, self.iteration) and not self.mark.exists():
+            self.mark.touch()
+            _kill_self()
+
+
+@TRANSFORMS.register_module(force=True)
+class DrawNaN(BaseTransform):
+    """Makes one value of one picture no number."""
+
+    def __init__(self, img_id):
+        self.img_id = img_id
+
+    def transform(self, results):
+        if results['img_id'] == self.img_id:
+            results['img'] = results['img'].astype('float32')
+            results['img'][3, 4] = math.nan
+        return results
+
+
 def run_tool(name: str, argv: list[str], log: str, env: dict[str, str] | None = None,
              beacon: Connection | None = None, die: tuple | None = None,
-             size_limit: int | None = None) -> None:
+             size_limit: int | None = None, version: str | None = None) -> None:
     """Runs a tool as its command line would, in a process of its own.
 
     Args:
@@ -54,6 +125,7 @@ def run_tool(name: str, argv: list[str], log: str, env: dict[str, str] | None = 
         beacon (Connection, optional): See :class:`Beacon`.
         die (tuple, optional): See :func:`die_while_saving`.
         size_limit (int, optional): The most bytes that a file may have (RLIMIT_FSIZE).
+        version (str, optional): Of mmprotune, as this process sees it.
     """
     global _beacon
     _beacon = beacon
@@ -62,6 +134,8 @@ def run_tool(name: str, argv: list[str], log: str, env: dict[str, str] | None = 
     os.dup2(descriptor, 2)
     os.environ.update(env or {})
     sys.argv = [name, *argv]
+    if version is not None:
+        freeze_guard_hook.__version__ = version
     if die is not None:
         die_while_saving(*die)
     if size_limit is not None:

@@ -28,8 +28,8 @@ class FreezeGuardHook(Hook):
     and at the end. A tensor that moved stops training with its name.
 
     With several processes, the digests, the fingerprints of what each process itself has loaded
-    and the versions are compared across them before the first step. (Weights alone would not tell:
-    PyTorch's wrapper overwrites everyone's with the first process's.)
+    and the versions are compared across them before the first step. (The weights alone would not
+    tell: PyTorch's wrapper overwrites everyone's parameters with the first process's.)
 
     Args:
         check_after (int): Iterations after which the first check is made. Defaults to 2: what
