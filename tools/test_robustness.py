@@ -51,6 +51,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='fgsm, pgd-STEPS, autoattack, noise')
     parser.add_argument('--eps', nargs='+', type=float, default=[0.5, 1, 2, 4],
                         help='largest change of a pixel, 0 to 255')
+    parser.add_argument('--shifts', nargs='+', metavar='NAME', default=['*'],
+                        help="which of the config's shifted sets; * and ? as in a shell")
     parser.add_argument('--folder', metavar='DIR', help='shifted set: DIR/CLASS/*.jpg')
     parser.add_argument('--class-map', metavar='MAP', default='names',
                         help='of --folder: names, indices, wordnet, or a json or yaml file')
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = evaluate(runner, cells, osp.join(out, f'{args.scenario}.json'),
                           describe_run(args, options))
         report['summary'] = summarise(args.scenario, report['cells'], reference)
-    except (ClassMapError, ScenarioError, ImportError, ValueError) as error:
+    except (ClassMapError, ScenarioError, ImportError, OSError, ValueError) as error:
         if isinstance(error, launch.LaunchError):
             raise
         raise launch.LaunchError(f'--scenario {args.scenario}: {error}') from error
@@ -125,7 +127,8 @@ def read_options(args: argparse.Namespace) -> Options:
             dataset=dict(type='CustomDataset', data_root=args.folder), class_map=args.class_map)
     return Options(
         corruptions=list(dict.fromkeys(corruptions)), severities=args.severities,
-        attacks=args.attacks, eps=args.eps, shifts=shifts, limit=args.limit, seed=args.seed)
+        attacks=args.attacks, eps=args.eps, shifts=shifts, only=args.shifts,
+        limit=args.limit, seed=args.seed)
 
 
 def read_reference(path: str | None) -> dict | None:
@@ -218,11 +221,12 @@ def summarise(scenario: str, cells: dict, reference: dict | None = None) -> dict
         summary.update({name: result[TOP1] for name, result in cells.items() if name != 'clean'})
     elif scenario == 'ood':
         for name, result in cells.items():
-            if f'{name}/clean' in cells:
-                base = cells[f'{name}/clean'][TOP1]
-                summary[name] = dict(
-                    accuracy=result[TOP1], same_classes_clean=base, gap=base - result[TOP1],
-                    ece=result[ECE])
+            if name.rpartition('/')[2] == 'clean':
+                continue
+            base = cells.get(f'{name}/clean', cells['clean'])[TOP1]
+            summary[name] = dict(
+                accuracy=result[TOP1], same_classes_clean=base, gap=base - result[TOP1],
+                ece=result[ECE])
     else:
         summary.update({key.partition('/')[2]: value for key, value in cells['shots'].items()
                         if key.startswith('shot/')})

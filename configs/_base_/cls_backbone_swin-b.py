@@ -7,6 +7,8 @@ model = dict(
         type='SwinTransformer',
         arch='base',
         img_size={{'$MMPROTUNE_SIZE:224'}},
+        # Below 224 pixels the last maps are smaller than a window.
+        pad_small_map=True,
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://download.openmmlab.com/mmclassification/v0/swin-transformer/convert/swin_base_patch4_window7_224_22kto1k-f967f799.pth',

@@ -19,3 +19,23 @@ data = dict(type='CIFAR10', data_root='data/cifar10')
 train_dataloader = dict(dataset=dict(**data, split='train', pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(**data, split='test', pipeline=test_pipeline))
 test_dataloader = val_dataloader
+
+# For tools/test_robustness.py --scenario ood: CIFAR-10.1, and CIFAR-10-C, whose files hold the five
+# severities one after another.
+classes = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+arrays = dict(type='mmprotune.NumpyImages', classes=classes)
+shifts = dict(
+    cifar10_1=dict(
+        dataset=dict(
+            **arrays, data_root='data/cifar10.1', images='cifar10.1_v6_data.npy',
+            labels='cifar10.1_v6_labels.npy'),
+        class_map='names'))
+for corruption in ('gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur',
+                   'motion_blur', 'zoom_blur', 'snow', 'frost', 'fog', 'brightness', 'contrast',
+                   'elastic_transform', 'pixelate', 'jpeg_compression'):
+    for severity in range(1, 6):
+        shifts[f'cifar10_c-{corruption}-{severity}'] = dict(
+            dataset=dict(
+                **arrays, data_root='data/CIFAR-10-C', images=f'{corruption}.npy',
+                labels='labels.npy', rows=(10000 * (severity - 1), 10000 * severity)),
+            class_map='names')

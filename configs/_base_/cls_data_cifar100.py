@@ -6,3 +6,4 @@ data = dict(type='CIFAR100', data_root='data/cifar100')
 train_dataloader = dict(dataset=data)
 val_dataloader = dict(dataset=data)
 test_dataloader = val_dataloader
+shifts = dict(_delete_=True)

@@ -7,6 +7,7 @@ which one thing is changed.
 from __future__ import annotations
 
 import copy
+import fnmatch
 import os.path as osp
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from mmengine.runner import Runner, TestLoop
 from mmprotune.registry import DATASETS
 
 from .attack import AttackedClassifier, check_attack
+from .shot_accuracy import count_classes
 
 SCENARIOS = ('corruption', 'adversarial', 'ood', 'longtail')
 
@@ -54,6 +56,7 @@ class Options:
         attacks (Sequence[str]): 'fgsm', 'pgd-10' (with steps), 'autoattack', 'noise'.
         eps (Sequence[float]): Largest changes of a pixel's value, 0 to 255.
         shifts (dict): Shifted sets by name: ``dataset``, ``class_map``, ``to_rgb``, ``restrict``.
+        only (Sequence[str]): Patterns of the names of shifted sets, as in a shell.
         limit (int, optional): Test images of a cell, evenly spaced over the set. None: all.
         seed (int): Of corruptions and attacks.
     """
@@ -62,6 +65,7 @@ class Options:
     attacks: Sequence[str] = ('fgsm', 'pgd-10')
     eps: Sequence[float] = (0.5, 1, 2, 4)
     shifts: dict = field(default_factory=dict)
+    only: Sequence[str] = ('*', )
     limit: int | None = None
     seed: int = 0
 
@@ -136,6 +140,11 @@ def _ood(cfg: Config, clean: Cell, options: Options) -> Iterator[Cell]:
     if not shifts:
         raise ScenarioError('the config names no shifted sets: expected shifts=dict(NAME=dict('
                             'dataset=…, class_map=…)), or --folder with --class-map')
+    chosen = {name for pattern in options.only for name in fnmatch.filter(shifts, pattern)}
+    if not chosen:
+        raise ScenarioError(f'no shifted set is called {" or ".join(options.only)}; there are '
+                            f'{", ".join(shifts)}')
+    shifts = {name: shift for name, shift in shifts.items() if name in chosen}
     source = class_names(clean.dataloader['dataset'])
     for name, shift in shifts.items():
         unknown = set(shift) - {'dataset', 'class_map', 'to_rgb', 'restrict', 'classes'}
@@ -161,6 +170,8 @@ def _ood(cfg: Config, clean: Cell, options: Options) -> Iterator[Cell]:
         # What the gap is measured against: the model's own test set, cut down to the same classes.
         own = inverse_map(shift['class_map'], class_names(dataset), names, source,
                           common['restrict'])
+        if list(own.values()) == [[i] for i in range(len(source))]:
+            continue  # the same classes: the clean cell will do
         yield Cell(f'{name}/clean', clean.dataloader, dict(common, class_map=own, source=source),
                    to_rgb=clean.to_rgb)
 
@@ -189,7 +200,8 @@ def _longtail(cfg: Config, clean: Cell, options: Options) -> Iterator[Cell]:
     train = cfg.get('train_dataloader')
     if not train:
         raise ScenarioError('the config has no train_dataloader, whose images are to be counted')
-    shots = dict(type='mmprotune.ShotAccuracy', train_dataset=_to_dict(train)['dataset'])
+    counts = count_classes(_to_dict(train)['dataset'])
+    shots = dict(type='mmprotune.ShotAccuracy', class_counts=counts)
     yield Cell('shots', clean.dataloader, [*metrics(), shots], to_rgb=clean.to_rgb)
 
 

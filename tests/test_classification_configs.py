@@ -1,0 +1,231 @@
+"""configs/linear_any_*.py: every backbone, data set and method that the environment can name."""
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import os
+import pathlib
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import MODELS, OPTIM_WRAPPERS, init_default_scope
+from mmengine.runner import set_random_seed
+
+from mmprotune.datasets import LongTailedDataset
+from mmprotune.engine import launch
+from mmprotune.models import PromptedBackbone
+from mmprotune.registry import DATASETS
+
+from .classification import classification_scope, draw_folder
+from .test_configs import classification_item
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
+METHODS = ('full', 'protune', 'frozen')
+
+
+def names(part: str) -> list[str]:
+    return sorted(path.stem[len(part):] for path in (CONFIGS / '_base_').glob(f'{part}*.py'))
+
+
+BACKBONES = names('cls_backbone_')
+DATA = names('cls_data_')
+# Larger ones run the same code for longer.
+LARGE = ('swin-b', 'vit-b', 'convnext-b')
+SIZE = 64  # pixels
+
+
+@functools.cache
+def parsed(method: str, backbone: str, data: str, **env: str):
+    env = {f'MMPROTUNE_{key}': value for key, value in env.items()}
+    env.update(MMPROTUNE_BACKBONE=backbone, MMPROTUNE_DATA=data, MMPROTUNE_SIZE=str(SIZE))
+    with mock.patch.dict(os.environ, env):
+        return launch.load_config(str(CONFIGS / f'linear_any_{method}_any.py'))
+
+
+def load(*args, **env):
+    return copy.deepcopy(parsed(*args, **env))
+
+
+def build(cfg):
+    init_default_scope('mmpretrain')
+    cfg = launch.without_pretrained(cfg)
+    cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    set_random_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    return model
+
+
+def test_what_was_promised():
+    assert {'r50', 'swin-b', 'vit-b', 'convnext-b'} <= set(BACKBONES)
+    assert {'cifar10', 'cifar100', 'flowers102', 'dtd', 'pets', 'aircraft', 'cars', 'cub',
+            'food101', 'imagenet'} <= set(DATA)
+    readme = (CONFIGS / 'README.md').read_text()
+    assert [name for name in (*BACKBONES, *DATA) if f'`{name}`' not in readme] == []
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('data', DATA)
+def test_data(data, method):
+    cfg = load(method, 'r50', data)
+    dataset = cfg.train_dataloader.dataset
+    tested = cfg.test_dataloader.dataset
+    if data == 'longtail':
+        assert dataset.type == 'mmprotune.LongTailedDataset'
+        dataset = dataset.dataset
+    assert cfg.model.head.num_classes == cfg.data_preprocessor.num_classes == cfg.num_classes
+    with classification_scope():
+        cls = DATASETS.get(f'mmpretrain.{dataset.type}')
+    known = getattr(cls, 'METAINFO', {}).get('classes')
+    if known and dataset.type != 'CustomDataset':
+        assert len(known) == cfg.num_classes
+    # Every key is one that the class takes, and the two parts are different ones.
+    for part in (dataset, tested):
+        inspect.signature(cls.__init__).bind(None, **{k: v for k, v in part.items() if k != 'type'})
+    assert {k: v for k, v in dataset.items() if k != 'pipeline'} != {
+        k: v for k, v in tested.items() if k != 'pipeline'}
+    # Files are read where the class does not hand images over, and those are BGR.
+    reads = [step['type'] == 'LoadImageFromFile' for step in dataset.pipeline]
+    decoded = dataset.type.startswith('CIFAR')
+    assert reads == [not decoded, *[False] * (len(reads) - 1)]
+    assert cfg.data_preprocessor.to_rgb == (not decoded)
+    assert cfg.val_dataloader == cfg.test_dataloader
+    assert cfg.work_dir == f'work_dirs/linear_r50_{method}_{data}'
+
+
+@pytest.mark.parametrize('data', ['cifar10_folder', 'pets'])
+def test_pipelines_give_square_images(data, tmp_path):
+    cfg = load('frozen', 'r18', data)
+    draw_folder(tmp_path / 'x', (2, ))
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        folder = dict(type='CustomDataset', data_root=str(tmp_path / 'x'),
+                      pipeline=loader.dataset.pipeline)
+        with classification_scope():
+            assert DATASETS.build(folder)[0]['inputs'].shape == (3, SIZE, SIZE)
+
+
+def test_a_folder_of_images_trains_as_it_is(tmp_path):
+    cfg = load('protune', 'r18', 'longtail', LONGTAIL='cifar10_folder', FACTOR='3')
+    draw_folder(tmp_path / 'train', (6, 6, 6, 6))
+    cfg.train_dataloader.dataset.dataset.data_root = str(tmp_path)
+    cfg.val_evaluator[1].train_dataset.dataset.data_root = str(tmp_path)
+    with classification_scope():
+        dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    assert isinstance(dataset, LongTailedDataset)
+    assert dataset.class_counts == [6, 4, 2, 2]
+    assert dataset[0]['inputs'].shape == (3, SIZE, SIZE)
+    assert '_delete_' not in str(cfg.val_evaluator)
+
+
+@pytest.mark.parametrize('backbone', [
+    pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in BACKBONES])
+def test_one_step_of_each_method(backbone):
+    stocks = []
+    for method in METHODS:
+        cfg = load(method, backbone, 'dtd')
+        stock = cfg.model.backbone if method == 'full' else cfg.model.backbone.backbone
+        stocks.append(stock.to_dict())
+        model = build(cfg)
+        prompted = isinstance(model.backbone, PromptedBackbone)
+        assert prompted == (method != 'full')
+        declared = {n for n, p in model.named_parameters()
+                    if method == 'full' or not n.startswith('backbone.backbone.')}
+        assert any('prompts' in n for n in declared) == (method == 'protune')
+        before = {n: t.detach().clone() for n, t in
+                  [*model.named_parameters(), *model.named_buffers()]}
+        wrapper = OPTIM_WRAPPERS.build(dict(
+            type='OptimWrapper', optimizer=torch.optim.AdamW(
+                [p for p in model.parameters() if p.requires_grad], lr=1e-3)))
+        rng = np.random.default_rng(0)
+        items = [classification_item(rng, cfg, SIZE) for _ in range(2)]
+        model.train()
+        log = model.train_step(pseudo_collate(items), wrapper)
+        assert torch.isfinite(log['loss'])
+        got = {n for n, p in model.named_parameters() if p in wrapper.optimizer.state}
+        assert got == declared
+        if prompted:
+            frozen = {n for n in before if n.startswith('backbone.backbone.')}
+            tensors = dict([*model.named_parameters(), *model.named_buffers()])
+            assert all(torch.equal(tensors[n], before[n]) for n in frozen)
+    assert stocks[0] == stocks[1] == stocks[2]
+
+
+# --- what the classifier reads ----------------------------------------------------------------
+
+
+def gradients(model) -> dict[str, float]:
+    """Largest gradient of each prompt's last convolution, for the sum of two classes' logits."""
+    torch.manual_seed(1)
+    logits = model(torch.randn(2, 3, SIZE, SIZE), mode='tensor')
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
+    return {name: float(block.expand.weight.grad.abs().max())
+            if block.expand.weight.grad is not None else 0.
+            for name, block in model.backbone.prompts.items()}
+
+
+@pytest.mark.parametrize('backbone', [
+    pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in BACKBONES])
+def test_the_last_prompt_reaches_the_classifier(backbone):
+    """The pooled feature is the last prompted stage's, whatever the backbone."""
+    model = build(load('protune', backbone, 'dtd'))
+    found = gradients(model)
+    assert len(found) == 4
+    assert min(found.values()) > 0
+
+
+def test_vit_reads_patches():
+    """The mean of the patch tokens: a prompt on one of them moves the classifier's input."""
+    cfg = load('protune', 'vit-t', 'dtd')
+    assert cfg.model.backbone.backbone.out_type == 'avg_featmap'
+    model = build(cfg).eval()
+    backbone = model.backbone.backbone
+    caught = []
+    backbone.ln1.register_forward_hook(lambda module, args, output: caught.append(output))
+    x = torch.randn(2, 3, SIZE, SIZE)
+    feature, = model.extract_feat(x)
+    tokens, = caught
+    assert tokens.shape[1] == 1 + (SIZE // 16)**2
+    assert torch.allclose(feature, backbone.ln2(tokens[:, 1:].mean(1)), atol=1e-5)
+
+
+def test_vit_reads_the_class_token():
+    """It gets no prompt itself, so the last stage has none: nothing would read it."""
+    cfg = load('protune', 'vit-t', 'dtd', VIT_READS='token')
+    assert cfg.model.backbone.last_stage == 'none'
+    model = build(cfg).eval()
+    assert list(model.backbone.prompts) == ['stage1', 'stage2', 'stage3']
+    assert min(gradients(model).values()) > 0
+
+    caught = []
+    model.backbone.backbone.ln1.register_forward_hook(lambda m, args, out: caught.append(out))
+    feature, = model.extract_feat(torch.randn(2, 3, SIZE, SIZE))
+    assert torch.equal(feature, caught[0][:, 0])
+
+    # What the setting prevents: a prompt that never learns.
+    cfg.model.backbone.last_stage = 'residual'
+    found = gradients(build(cfg))
+    assert found.pop('stage4') == 0
+    assert min(found.values()) > 0
+
+
+def test_the_class_token_itself_gets_no_prompt():
+    model = build(load('protune', 'vit-t', 'dtd'))
+    for stage in model.backbone.stages:
+        block = model.backbone.prompts[stage.name]
+        torch.nn.init.ones_(block.expand.bias)
+        model.backbone._image = (SIZE, SIZE)
+        x = torch.randn(2, 1 + (SIZE // 16)**2, 192)
+        prompted = model.backbone.apply_prompt(stage, x)
+        assert torch.equal(prompted[:, 0], x[:, 0])
+        assert torch.allclose(prompted[:, 1:], x[:, 1:] + 1, atol=1e-5)
+
+
+def test_an_unknown_name_says_which_file_is_missing():
+    with pytest.raises(FileNotFoundError, match='cls_backbone_resnext'):
+        parsed('full', 'resnext', 'dtd')
+    with pytest.raises(KeyError, match='pixels'):
+        parsed('full', 'vit-t', 'dtd', VIT_READS='pixels')
