@@ -121,6 +121,20 @@ def test_adversarial(trained, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
 
 
+def test_attack_by_config_alone(trained, tmp_path):
+    """The wrapper in a config of the ordinary test tool finds what the scenario finds."""
+    config = tmp_path / 'attacked.py'
+    config.write_text(
+        f'_base_ = {trained[0]!r}\n'
+        "model = dict(_delete_=True, type='mmprotune.AttackedClassifier',\n"
+        "             attack=dict(kind='fgsm', eps=4), module={{_base_.model}})\n")
+    load_tool('test.py').main([str(config), trained[1], '--work-dir', str(tmp_path / 'test')])
+    found = json.loads(next((tmp_path / 'test').glob('*/*.json')).read_text())['accuracy/top1']
+    report = run(trained, tmp_path, 'adversarial', '--attacks', 'fgsm', '--eps', '4')
+    assert found == report['cells']['fgsm/4']['accuracy/top1']
+    assert found < report['cells']['clean']['accuracy/top1']
+
+
 def test_ood_from_the_config(trained, tmp_path):
     """Images that come decoded, as RGB, for a model that reads BGR files."""
     report = run(trained, tmp_path, 'ood')
