@@ -18,6 +18,14 @@ from torch import Tensor, nn
 from mmprotune.checkpoint import check_incoming
 from mmprotune.frozen import FillRecorder, fingerprint, freeze, frozen_tensors, keep_frozen_in_eval
 from mmprotune.frozen.freeze import OPTIONAL_BUFFERS
+from mmprotune.frozen.lean import (
+                     STORAGE_DTYPES,
+                     LeanOptions,
+                     LeanReport,
+                     make_lean,
+                     make_prompts_lean,
+                     store_weights,
+)
 from mmprotune.registry import MODELS
 
 from .layout import token_grid
@@ -80,8 +88,14 @@ class PromptedBackbone(BaseModule):
         last_stage (str): 'residual' adds the prompt at the last stage too, 'serial' passes on the
             prompt alone (as the figure draws it; its block then does not start at zero), 'none'
             leaves the last stage without one. Defaults to 'residual'.
-        lean (bool): Whether the backward pass keeps only what input gradients need. Not available
-            yet: only False is valid. Defaults to False.
+        lean (bool | dict): Whether the backward pass through the frozen layers keeps only what
+            input gradients need; a dict sets the options of
+            :class:`~mmprotune.frozen.lean.LeanOptions`. Gradients are the same to rounding.
+            Defaults to True.
+        backbone_dtype (str, optional): 'bfloat16' or 'float16' stores the frozen weights of
+            convolutions and linear layers in that precision; they compute in that of their input,
+            so features are close to the stock backbone's, not equal. Needs ``lean``. Defaults to
+            None: as they are.
         pretrained (str, optional): Pre-trained file handed on to a backbone that names none
             itself; segmentors pass it. Defaults to None.
         init_cfg (dict, optional): A ``Pretrained`` config, handed on likewise. Defaults to None.
@@ -90,6 +104,7 @@ class PromptedBackbone(BaseModule):
         prompts (nn.ModuleDict): Prompt block by stage name.
         stages (list[Stage]): The stages that have a prompt.
         frozen_names (frozenset[str]): Frozen parameters and buffers, dotted names in ``backbone``.
+        lean_report (LeanReport): What ``lean`` did.
         frozen_fingerprint (Tensor): uint8 buffer of shape (32, ), SHA-256 of the frozen tensors.
 
     Raises:
@@ -107,14 +122,17 @@ class PromptedBackbone(BaseModule):
                  freeze: str = 'pretrained',
                  trainable: Sequence[str] = (),
                  last_stage: str = 'residual',
-                 lean: bool = False,
+                 lean: bool | dict = True,
+                 backbone_dtype: str | None = None,
                  pretrained: str | None = None,
                  init_cfg: dict | None = None) -> None:
         super().__init__()
         _check_choice('freeze', freeze, ('pretrained', 'all'))
         _check_choice('last_stage', last_stage, ('residual', 'serial', 'none'))
-        if lean is not False:
-            raise ValueError(f'lean={lean!r} is not available yet: expected False')
+        options = LeanOptions.parse(lean)
+        _check_choice('backbone_dtype', backbone_dtype, (None, *STORAGE_DTYPES))
+        if backbone_dtype is not None and options is None:
+            raise ValueError(f'backbone_dtype={backbone_dtype!r} needs lean layers, but lean=False')
         if isinstance(trainable, str) or not all(isinstance(t, str) for t in trainable):
             raise TypeError(f'trainable must be a list of regular expressions, got {trainable!r}')
         if prompt is not None and (not isinstance(prompt, dict) or 'type' not in prompt):
@@ -135,6 +153,9 @@ class PromptedBackbone(BaseModule):
         self.prompts = nn.ModuleDict()
         if prompt is not None:
             self._add_prompts(dict(prompt), stages)
+        self.lean_report = LeanReport()
+        if options is not None:
+            self._make_lean(options, backbone_dtype)
         self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
         self.refresh_fingerprint()
         self._register_state_dict_hook(_drop_frozen)
@@ -232,6 +253,18 @@ class PromptedBackbone(BaseModule):
         if not self.stages:
             raise ValueError(f'no prompt is left: {last} is the only stage and '
                              f'last_stage={self.last_stage!r}; prompt=None is the way to have none')
+
+    def _make_lean(self, options: LeanOptions, backbone_dtype: str | None) -> None:
+        make_prompts_lean(self.prompts, options)
+        self.lean_report = make_lean(self.backbone, options, root=self)
+        name = type(self.backbone).__name__
+        level = logging.WARNING if self.lean_report.remarks else logging.INFO
+        print_log(f'lean {name}: {self.lean_report}', logger='current', level=level)
+        if backbone_dtype is not None:
+            kept = store_weights(self.backbone, backbone_dtype, root=self, key='backbone_dtype')
+            if kept:
+                print_log(f'backbone_dtype={backbone_dtype!r}: these stay as they are: '
+                          f'{", ".join(kept)}', logger='current', level=logging.WARNING)
 
     # --- forward ------------------------------------------------------------------------------
 

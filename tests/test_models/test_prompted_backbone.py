@@ -217,7 +217,15 @@ def test_a_file_that_does_not_exist(prompted_cfg):
 @pytest.mark.parametrize('options, error, match', [
     (dict(freeze='some'), ValueError, r"freeze must be one of \('pretrained', 'all'\), got 'some'"),
     (dict(last_stage='first'), ValueError, "last_stage must be one of .* got 'first'"),
-    (dict(lean=True), ValueError, 'lean=True is not available yet: expected False'),
+    (dict(lean='yes'), TypeError, "lean must be True, False or a dict, got 'yes'"),
+    (dict(lean=dict(folds=True)), ValueError, "lean has no option 'folds': expected fold, rec"),
+    (dict(lean=dict(fold=1)), TypeError, 'lean.fold must be True or False, got 1'),
+    (dict(lean=dict(recompute=-1)), ValueError, 'lean.recompute must not be negative, got -1'),
+    (dict(lean=dict(recompute='x')), TypeError, "lean.recompute must be a number, .* got 'x'"),
+    (dict(lean=dict(attention=True)), ValueError, 'lean.attention must be one of .*, got True'),
+    (dict(lean=dict(prompts='all')), ValueError, "lean.prompts must be one of .*, got 'all'"),
+    (dict(backbone_dtype='int8'), ValueError, "backbone_dtype must be one of .* got 'int8'"),
+    (dict(backbone_dtype='bfloat16', lean=False), ValueError, 'needs lean layers, but lean=False'),
     (dict(trainable='layer4'), TypeError, 'trainable must be a list of regular expressions'),
     (dict(trainable=['layer9']), ValueError, r"backbone\.trainable: 'layer9' matches no parameter"),
     (dict(trainable=['(']), ValueError, r"trainable: '\(' is not a regular expression"),
@@ -299,6 +307,7 @@ def test_what_the_file_left_is_logged(prompted_cfg, caplog, monkeypatch):
     lines = []
     monkeypatch.setattr('mmprotune.models.prompted_backbone.print_log',
                         lambda text, logger=None, level=logging.INFO: lines.append((level, text)))
+    prompted_cfg.update(lean=False)
     prompted_cfg['backbone']['out_indices'] = (0, 1)
     model = build(prompted_cfg)
     assert len(model.prompts) == 2
