@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -84,26 +83,9 @@ def test_attack_on_a_linear_model_by_hand(linear, kind):
 # --- through the frozen backbone --------------------------------------------------------------
 
 
-@functools.cache
-def lean_is_there() -> bool:
-    with classification_scope():
-        try:
-            build(classifier_cfg(dict(
-                type='mmprotune.PromptedBackbone', backbone=copy.deepcopy(RESNET18), freeze='all',
-                lean=True)))
-        except ValueError as error:
-            if 'not available' not in str(error):
-                raise
-            return False
-    return True
-
-
 @pytest.mark.parametrize('lean', [False, True])
 def test_input_gradients_reach_below_the_first_prompt(lean):
     """They equal those of a plain copy of the model in which everything trains."""
-    if lean and not lean_is_there():
-        pytest.skip('lean layers are not available yet')
-
     def make(lean):
         with classification_scope():
             return build(classifier_cfg(dict(
