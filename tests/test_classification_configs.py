@@ -17,6 +17,7 @@ from mmengine.runner import set_random_seed
 
 from mmprotune.datasets import LongTailedDataset
 from mmprotune.engine import launch
+from mmprotune.evaluation.class_map import MAPS
 from mmprotune.models import PromptedBackbone
 from mmprotune.registry import DATASETS
 
@@ -152,6 +153,26 @@ def test_one_step_of_each_method(backbone):
             tensors = dict([*model.named_parameters(), *model.named_buffers()])
             assert all(torch.equal(tensors[n], before[n]) for n in frozen)
     assert stocks[0] == stocks[1] == stocks[2]
+
+
+@pytest.mark.parametrize('data', DATA)
+def test_shifted_sets(data):
+    """Each can be evaluated as far as its config goes: a dataset of its own, and a class map."""
+    shifts = load('full', 'r50', data).get('shifts') or {}
+    if data == 'imagenet':
+        assert set(shifts) == {'imagenet_v2', 'imagenet_a', 'imagenet_r', 'imagenet_sketch'}
+    assert len(shifts) == {'imagenet': 4, 'cifar10': 16, 'cifar10_folder': 16, 'longtail': 16}.get(
+        data, 0)
+    with classification_scope():
+        for shift in shifts.values():
+            cls = DATASETS.get(shift.dataset.type if '.' in shift.dataset.type
+                               else f'mmpretrain.{shift.dataset.type}')
+            keys = {k: v for k, v in shift.dataset.items() if k != 'type'}
+            inspect.signature(cls.__init__).bind(None, **keys)
+            assert shift.class_map in MAPS
+    if data == 'cifar10':
+        assert all(tuple(shift.dataset.classes) == tuple(
+            DATASETS.get('mmpretrain.CIFAR10').METAINFO['classes']) for shift in shifts.values())
 
 
 # --- what the classifier reads ----------------------------------------------------------------
