@@ -13,7 +13,8 @@ HOOKS = _roots.Registry(
 DATASETS = _roots.Registry(
     'dataset', parent=_roots.DATASETS, scope='mmprotune', locations=['mmprotune.datasets'])
 TRANSFORMS = _roots.Registry(
-    'transform', parent=_roots.TRANSFORMS, scope='mmprotune', locations=['mmprotune.datasets'])
+    'transform', parent=_roots.TRANSFORMS, scope='mmprotune',
+    locations=['mmprotune.datasets', 'mmprotune.engine.data_faults'])
 METRICS = _roots.Registry(
     'metric', parent=_roots.METRICS, scope='mmprotune', locations=['mmprotune.evaluation'])
 EVALUATOR = _roots.Registry(

@@ -75,20 +75,27 @@ def run_tool(main: Callable[[], None]) -> int:
         int: Exit status, 0 or 1.
     """
     from mmprotune.checkpoint import CheckpointError
+    from mmprotune.engine.data_faults import DataError, annotation_error
     from mmprotune.engine.hooks import NonFiniteError, RanksDisagree
     from mmprotune.models.prompted_backbone import PretrainedFileError
     from mmprotune.models.stages import StageError
     try:
         main()
-    except (CheckpointError, LaunchError, NonFiniteError, PretrainedFileError, RanksDisagree,
-            StageError, URLError) as error:
-        if os.environ.get('MMPROTUNE_DEBUG') == '1':
+    except Exception as error:
+        told = error
+        if not isinstance(error, (
+                CheckpointError, DataError, LaunchError, NonFiniteError, PretrainedFileError,
+                RanksDisagree, StageError, URLError)):
+            told = annotation_error(error)
+        if told is None or os.environ.get('MMPROTUNE_DEBUG') == '1':
             raise
-        if isinstance(error, URLError):
-            error = (f'a file that the config names by its address could not be downloaded: {error}'
-                     f'; a copy in {osp.join(torch.hub.get_dir(), "checkpoints")} is used as well')
+        if isinstance(told, URLError):
+            told = (f'a file that the config names by its address could not be downloaded: {told}'
+                    f'; a copy in {osp.join(torch.hub.get_dir(), "checkpoints")} is used as well')
+        if 'DataLoader worker process' in str(told):  # a whole traceback, the error at its end
+            told = str(told).strip().splitlines()[-1].partition(': ')[2]
         # One write: lines of several processes must not mix.
-        sys.stderr.write(f'{osp.basename(sys.argv[0])}: error: {error}\n')
+        sys.stderr.write(f'{osp.basename(sys.argv[0])}: error: {told}\n')
         return 1
     if is_distributed():
         torch_dist.destroy_process_group()
@@ -246,11 +253,13 @@ def build_runner(cfg: Config) -> Runner:
     Returns:
         Runner: The Runner. It may be of the type that ``cfg.runner_type`` names.
     """
+    from mmprotune.engine.data_faults import check_data
     notices = prepare_processes(cfg)
     if cfg.get('default_scope') == 'mmpretrain':
         _set_dataloader_defaults(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.logger.addFilter(_OneFrozenNotice())
+    check_data(runner)
     for notice in notices:
         runner.logger.warning(notice)
     return runner

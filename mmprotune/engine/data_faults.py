@@ -1,0 +1,141 @@
+"""Broken images and annotation files: errors that name the file."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+from mmcv.transforms import BaseTransform
+from mmengine.dataset import Compose
+from mmengine.runner import Runner
+from PIL import Image
+
+from mmprotune.registry import TRANSFORMS
+
+# Formats that OpenCV decodes when their end is missing, and what stands there.
+_ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND'}
+_TAIL = 4096  # bytes; some cameras append a little after the end
+
+
+class DataError(ValueError):
+    """An image or annotation file is broken; the message names it."""
+
+
+@TRANSFORMS.register_module()
+class CheckedPipeline(BaseTransform):
+    """Runs transforms so that what goes wrong names the image.
+
+    Image files are also looked at first: OpenCV decodes a JPEG that was cut off to a picture whose
+    rest is grey, and training would go on with it.
+
+    Args:
+        transforms (Sequence): Configs or transforms.
+
+    Raises:
+        DataError: A file is empty or cut off, or a transform failed on it.
+    """
+
+    def __init__(self, transforms: Sequence) -> None:
+        self.steps = Compose(transforms)
+
+    def transform(self, results: dict) -> dict | None:
+        files = [results[key] for key in ('img_path', 'seg_map_path')
+                 if isinstance(results.get(key), str)]
+        for path in files:
+            check_image_file(path)
+        name = ', '.join(files) or f'sample {results.get("sample_idx", "of unknown number")}'
+        for step in self.steps.transforms:
+            try:
+                results = step(results)
+            except DataError:
+                raise
+            except Exception as error:
+                kind = type(step).__name__
+                raise DataError(f'{name}: {kind} failed: {_brief(error)}') from error
+            if results is None:
+                return None
+        return results
+
+
+def _brief(error: Exception) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+
+
+def check_image_file(path: str) -> None:
+    """Checks that a local image file is not empty and not cut off.
+
+    Args:
+        path (str): Any path; what is no local file is left to its backend.
+
+    Raises:
+        DataError: It is.
+    """
+    if not os.path.isfile(path):
+        return
+    size = os.path.getsize(path)
+    if not size:
+        raise DataError(f'{path}: the file is empty')
+    with open(path, 'rb') as file:
+        end = _ENDS.get(file.read(2))
+        file.seek(max(0, size - _TAIL))
+        if end is None or end in file.read():
+            return
+    try:  # much may have been appended; decoding tells
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f'{path} ({size} bytes) is cut off or damaged: {error}') from error
+
+
+def check_data(runner: Runner) -> None:
+    """Puts every data loader's transforms into a :class:`CheckedPipeline`.
+
+    Not into the config that the Runner has written to its folder: inferencers look up the loading
+    transform in that.
+
+    Args:
+        runner (Runner): A new one, whose data loaders have not been built.
+    """
+    for loader in (runner._train_dataloader, runner._val_dataloader, runner._test_dataloader):
+        if isinstance(loader, dict):
+            for dataset in _leaves(loader.get('dataset')):
+                pipeline = dataset.get('pipeline')
+                if pipeline and not (isinstance(pipeline[0], dict) and
+                                     pipeline[0].get('type') == 'mmprotune.CheckedPipeline'):
+                    dataset['pipeline'] = [
+                        dict(type='mmprotune.CheckedPipeline', transforms=pipeline)]
+
+
+def _leaves(dataset: object) -> Iterator[dict]:
+    """The datasets inside wrappers; a wrapper's own transforms mix several images."""
+    if isinstance(dataset, dict):
+        inner = [dataset[key] for key in ('dataset', 'datasets') if key in dataset]
+        if not inner:
+            yield dataset
+        for one in inner:
+            yield from _leaves(one)
+    elif isinstance(dataset, (list, tuple)):
+        for one in dataset:
+            yield from _leaves(one)
+
+
+def annotation_error(error: Exception) -> DataError | None:
+    """Names the annotation file that was being read when an error was raised.
+
+    Args:
+        error (Exception): With its traceback.
+
+    Returns:
+        DataError, optional: None when none was being read, or the error names it.
+    """
+    path, traceback = None, error.__traceback__
+    while traceback is not None:
+        names = traceback.tb_frame.f_locals
+        found = names.get('annotation_file') or names.get('ann_file')
+        if traceback.tb_frame.f_code.co_name in ('load_data_list', 'full_init'):
+            found = found or getattr(names.get('self'), 'ann_file', None)
+        path = found if isinstance(found, str) and found else path
+        traceback = traceback.tb_next
+    if path is None or path in str(error) or not os.path.isfile(path):
+        return None
+    return DataError(f'{path} ({os.path.getsize(path)} bytes) cannot be read as annotations: '
+                     f'{_brief(error)}')
