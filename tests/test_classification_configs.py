@@ -17,12 +17,12 @@ from mmengine.runner import set_random_seed
 
 from mmprotune.datasets import LongTailedDataset
 from mmprotune.engine import launch
+from mmprotune.engine.noise_batch import noise_item
 from mmprotune.evaluation.class_map import MAPS
 from mmprotune.models import PromptedBackbone
 from mmprotune.registry import DATASETS
 
 from .classification import classification_scope, draw_folder
-from .test_configs import classification_item
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 METHODS = ('full', 'protune', 'frozen')
@@ -142,7 +142,7 @@ def test_one_step_of_each_method(backbone):
             type='OptimWrapper', optimizer=torch.optim.AdamW(
                 [p for p in model.parameters() if p.requires_grad], lr=1e-3)))
         rng = np.random.default_rng(0)
-        items = [classification_item(rng, cfg, SIZE) for _ in range(2)]
+        items = [noise_item(cfg, SIZE, rng) for _ in range(2)]
         model.train()
         log = model.train_step(pseudo_collate(items), wrapper)
         assert torch.isfinite(log['loss'])

@@ -4,7 +4,6 @@ from __future__ import annotations
 import collections
 import copy
 import functools
-import json
 import pathlib
 import re
 
@@ -14,9 +13,9 @@ import torch
 import yaml
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import set_random_seed
-from mmengine.structures import InstanceData, PixelData
 
 from mmprotune.engine import launch
+from mmprotune.engine.noise_batch import noise_item
 from mmprotune.models import PromptedBackbone
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -53,58 +52,6 @@ def parsed(path: pathlib.Path):
 @pytest.fixture
 def cfg(path):
     return copy.deepcopy(parsed(path))
-
-
-def num_classes(cfg) -> int:
-    """The number of classes of whatever head the model has."""
-    found = re.findall(r'"num_classes": (\d+)', json.dumps(cfg.model.to_dict(), default=str))
-    return min(int(number) for number in found)
-
-
-def detection_item(rng: np.random.Generator, cfg, size: int) -> dict:
-    """A noise image with two boxes, and their masks where the model wants them."""
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
-    boxes = np.array([[4, 4, 40, 32], [24, 30, 60, 62]], dtype=np.float32)
-    instances = InstanceData(
-        bboxes=torch.from_numpy(boxes),
-        labels=torch.from_numpy(rng.integers(0, num_classes(cfg), 2)))
-    if cfg.model.data_preprocessor.get('pad_mask'):
-        masks = np.zeros((2, size, size), dtype=np.uint8)
-        for mask, (x1, y1, x2, y2) in zip(masks, boxes.astype(int)):
-            mask[y1:y2, x1:x2] = 1
-        instances.masks = BitmapMasks(masks, size, size)
-    ignored = InstanceData(bboxes=torch.zeros(0, 4))
-    return dict(
-        inputs=image(rng, size),
-        data_samples=DetDataSample(
-            metainfo=meta(size), gt_instances=instances, ignored_instances=ignored))
-
-
-def segmentation_item(rng: np.random.Generator, cfg, size: int) -> dict:
-    """A noise image with noise labels."""
-    from mmseg.structures import SegDataSample
-    labels = torch.from_numpy(rng.integers(0, num_classes(cfg), (1, size, size)))
-    sample = SegDataSample(metainfo=meta(size), gt_sem_seg=PixelData(data=labels))
-    return dict(inputs=image(rng, size), data_samples=sample)
-
-
-def classification_item(rng: np.random.Generator, cfg, size: int) -> dict:
-    """A noise image with a label."""
-    from mmpretrain.structures import DataSample
-    sample = DataSample(metainfo=meta(size)).set_gt_label(int(rng.integers(0, num_classes(cfg))))
-    return dict(inputs=image(rng, size), data_samples=sample)
-
-
-def image(rng: np.random.Generator, size: int) -> torch.Tensor:
-    return torch.from_numpy(rng.integers(0, 256, (3, size, size), dtype=np.uint8))
-
-
-def meta(size: int) -> dict:
-    return dict(img_shape=(size, size), ori_shape=(size, size), scale_factor=(1., 1.), img_id=0)
-
-
-ITEMS = dict(mmdet=detection_item, mmseg=segmentation_item, mmpretrain=classification_item)
 
 
 def make_small(cfg) -> None:
@@ -212,7 +159,7 @@ def test_one_step_changes_the_declared_parameters_only(path, cfg, tmp_path):
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     model.train()
     rng = np.random.default_rng(0)
-    items = [ITEMS[cfg.default_scope](rng, cfg, SIZE) for _ in range(2)]
+    items = [noise_item(cfg, SIZE, rng) for _ in range(2)]
     log = model.train_step(pseudo_collate(items), optim_wrapper)
 
     assert torch.isfinite(log['loss'])

@@ -18,7 +18,8 @@ from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
 
 from mmprotune.engine import launch
-from tests.test_configs import ITEMS, ROOT, SIZE, make_small
+from mmprotune.engine.noise_batch import noise_item
+from tests.test_configs import ROOT, SIZE, make_small
 
 PAGES = [ROOT / 'README.md', ROOT / 'configs/README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
 # What a reader puts in place of these, here.
@@ -67,7 +68,7 @@ def test_config_snippets_train_prompts_and_head(code, tmp_path):
     runner.model.init_weights()
     optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     rng = np.random.default_rng(0)
-    items = [ITEMS[cfg.default_scope](rng, cfg, SIZE) for _ in range(2)]
+    items = [noise_item(cfg, SIZE, rng) for _ in range(2)]
     log = runner.model.train().train_step(pseudo_collate(items), optim_wrapper)
     assert torch.isfinite(log['loss'])
     stepped = {name for name, parameter in runner.model.named_parameters()

@@ -1,0 +1,90 @@
+"""The benchmark of training steps: what it counts, for which part, and what it writes."""
+import importlib.util
+import json
+import sys
+
+import pytest
+from torch import nn
+
+from tests.test_tools.conftest import REPO
+
+spec = importlib.util.spec_from_file_location(
+    'benchmark_training', REPO / 'tools/analysis_tools/benchmark_training.py')
+benchmark = importlib.util.module_from_spec(spec)
+sys.modules['benchmark_training'] = benchmark
+spec.loader.exec_module(benchmark)
+
+CONFIG = str(REPO / 'configs/mask_rcnn_r18_protune_shapes.py')
+SMALL = ['--size', '128', '--batch-size', '1', '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('benchmark')
+    benchmark.main([CONFIG, *SMALL, '--steps', '2', '--json', str(folder / 'out.json'),
+                    '--plot', str(folder / 'out.png')])
+    return folder
+
+
+def test_figures(measured):
+    report = json.loads((measured / 'out.json').read_text())
+    assert report['about']['size'] == 128 and report['about']['device'].endswith('CPU')
+    found = report['results'][0]['variants']
+    assert list(found) == ['full', 'frozen', 'naive', 'lean']
+    for figures in found.values():
+        assert figures['kept_total'] == sum(figures['kept'].values()) > 0
+        assert figures['kept']['head'] > 0 and figures['kept']['neck'] > 0
+        assert 0 < figures['fastest'] <= figures['step'] <= figures['slowest']
+        # AdamW: two moments for each gradient, and a counter for each tensor.
+        assert 0 < figures['optimizer_state'] - 2 * figures['gradients'] < 4096
+    stages = [sum(n for part, n in f['kept'].items() if part.startswith('stage'))
+              for f in found.values()]
+    full, frozen, naive, lean = stages
+    assert frozen == 0 and 0 < lean < 0.1 * naive and lean < 0.1 * full
+    assert 'prompts' not in found['frozen']['kept'] and found['lean']['kept']['prompts'] > 0
+    assert found['lean']['kept_total'] < found['naive']['kept_total']
+    assert found['lean']['gradients'] == found['naive']['gradients'] < found['full']['gradients']
+    assert (measured / 'out.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_table(measured):
+    result = json.loads((measured / 'out.json').read_text())['results'][0]
+    text = benchmark.table(result)
+    assert 'prompted, lean' in text and 'lean keeps' in text and 'of head only' in text
+
+
+def test_a_stock_config_and_a_peer(capsys):
+    benchmark.main(['mmpretrain::vision_transformer/vit-base-p16_32xb128-mae_in1k.py', *SMALL,
+                    '--backbone-only', '--steps', '0', '--variants', 'frozen', 'lean', 'lora',
+                    '--cfg-options', 'model.backbone.backbone.arch=deit-tiny',
+                    'model.backbone.backbone.img_size=128',
+                    'model.backbone.backbone.drop_path_rate=0'])
+    out = capsys.readouterr().out
+    rows = {line.split('  ')[0]: line.split() for line in out.splitlines()}
+    assert float(rows['head only'][2]) == 0
+    assert 'LoRA' in rows and float(rows['LoRA'][1]) > 0
+
+
+def test_no_peer_without_linear_layers(capsys):
+    benchmark.main([CONFIG, *SMALL, '--backbone-only', '--steps', '0', '--variants', 'lora'])
+    captured = capsys.readouterr()
+    assert 'no linear layers' in captured.out + captured.err
+
+
+def test_parts_of_a_model():
+    class Model(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            from tests.conftest import RESNET18, build
+            self.backbone = build(dict(type='mmprotune.PromptedBackbone', backbone=RESNET18,
+                                       freeze='all', lean=False))
+
+    part = benchmark.stage_finder(Model())
+    names = {
+        'backbone.backbone.conv1': 'stage1', 'backbone.backbone.layer1.1.relu': 'stage1',
+        'backbone.layer2.0.conv1': 'stage2', 'backbone.backbone.layer4': 'stage4',
+        'backbone.module.layer3.0.conv1': 'stage3', 'backbone.prompts.stage1.reduce': 'prompts',
+        'neck.fpn': 'neck', 'roi_head.bbox_head': 'head', '': 'head',
+    }
+    assert {path: part(path) for path in names} == names

@@ -1,0 +1,415 @@
+"""Measures what a training step costs: full fine-tuning, head only, and Pro-tuning, naive and lean.
+
+For each config, on the same noise images: the bytes that autograd keeps for the backward pass
+(counted by storage, parameters and buffers excluded) by stage, prompts, neck and head; peak memory;
+seconds of forward, backward and optimizer, the variants taking turns; bytes of optimizer state, and
+of gradients that processes would exchange.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.dataset import pseudo_collate
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from mmprotune.engine import launch
+from mmprotune.engine.noise_batch import noise_item
+from mmprotune.frozen.dry_run import tensors_in
+from mmprotune.frozen.kept import KeptBytes
+
+VARIANTS = ('full', 'frozen', 'naive', 'lean')
+TITLES = dict(full='full fine-tuning', frozen='head only', naive='prompted, naive',
+              lean='prompted, lean', lora='LoRA')
+MIB = 2**20
+# Linear layers of attention, as the three libraries name them; where attention has none, the MLP's.
+LORA_TARGETS = (('.*qkv', '.*proj'), ('.*ffn.*', ))
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('configs', nargs='+', metavar='CONFIG',
+                        help='prompted or stock configs, files or installed names (mmdet::…)')
+    parser.add_argument('--variants', nargs='+', choices=[*VARIANTS, 'lora'], default=VARIANTS,
+                        help='lora: mmpretrain.LoRAModel around the backbone, as a peer')
+    parser.add_argument('--backbone-only', action='store_true',
+                        help='no neck and head; the loss is the mean of the features')
+    parser.add_argument('--size', type=int, default=512, help='side of the images, in pixels')
+    parser.add_argument('--batch-size', type=int, default=2)
+    parser.add_argument('--steps', type=int, default=5, help='timed steps a variant; 0: none')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--amp', choices=['bfloat16', 'float16'], help='train under autocast')
+    parser.add_argument('--json', metavar='FILE', help='write all figures there')
+    parser.add_argument('--plot', metavar='PNG', help='draw the kept bytes there')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='override keys of the configs')
+    return parser.parse_args(argv)
+
+
+# --- variants ---------------------------------------------------------------------------------
+
+
+def variant_cfg(cfg: Config, variant: str) -> Config:
+    """The config with another way to train its backbone, and no pre-trained file.
+
+    Args:
+        cfg (Config): A config with a prompted backbone.
+        variant (str): One of ``VARIANTS`` or 'lora'.
+
+    Returns:
+        Config: A copy.
+    """
+    cfg = launch.without_pretrained(copy.deepcopy(cfg))
+    prompted = cfg.model.backbone
+    if variant in ('full', 'lora'):
+        cfg.model.backbone = prompted.backbone
+    elif variant == 'frozen':
+        cfg.model.backbone = dict(prompted, prompt=None, lean=False)
+    else:
+        lean = prompted.get('lean', True) or True
+        cfg.model.backbone = dict(prompted, lean=lean if variant == 'lean' else False)
+    return cfg
+
+
+def lora(backbone: dict) -> nn.Module | None:
+    """Builds ``mmpretrain.LoRAModel`` around a backbone, rank 16.
+
+    Args:
+        backbone (dict): Its config.
+
+    Returns:
+        nn.Module, optional: None where there is no linear layer to adapt.
+    """
+    from mmpretrain.models.peft import LoRAModel
+    for targets in LORA_TARGETS:
+        with contextlib.suppress(ValueError):
+            return LoRAModel(backbone, alpha=16, rank=16, targets=[dict(type=t) for t in targets])
+    return None
+
+
+class Backbone(nn.Module):
+    """A backbone alone, with a loss that reads all of its features and keeps nothing."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return sum(t.float().mean() for t in tensors_in(self.backbone(images)))
+
+
+class Variant:
+    """One way to train, ready to step.
+
+    Args:
+        cfg (Config): Its config.
+        name (str): One of ``VARIANTS`` or 'lora'.
+        args (argparse.Namespace): The command line.
+    """
+
+    def __init__(self, cfg: Config, name: str, args: argparse.Namespace) -> None:
+        self.name, self.device = name, torch.device(args.device)
+        self.amp = getattr(torch, args.amp) if args.amp else None
+        torch.manual_seed(0)
+        model = MODELS.build(cfg.model)
+        self.exists = True
+        if name == 'lora':
+            model.backbone = lora(cfg.model.backbone)
+            self.exists = model.backbone is not None
+            if not self.exists:
+                return
+        for block in getattr(model.backbone, 'prompts', {}).values():
+            nn.init.normal_(block.expand.weight, std=0.02)  # as after some training
+        rng = np.random.default_rng(0)
+        batch = pseudo_collate([noise_item(cfg, args.size, rng) for _ in range(args.batch_size)])
+        if args.backbone_only:
+            model.data_preprocessor.to(self.device)
+            images = model.data_preprocessor(copy.deepcopy(batch), True)['inputs']
+            self.model = Backbone(model.backbone)
+            self._loss: Callable = lambda: self.model(images)
+        else:
+            self.model = model
+            self._batch = batch
+            self._loss = self._model_loss
+        self.model.to(self.device).train()
+        # A baseline whose backbone is all there is has nothing to train.
+        self.trains = any(p.requires_grad for p in self.model.parameters())
+        self.optimizer = build_optim_wrapper(
+            self.model, dict(type='OptimWrapper', optimizer=dict(
+                type='AdamW', lr=1e-5))).optimizer if self.trains else None
+
+    def _model_loss(self) -> torch.Tensor:
+        # The same regions for every variant.
+        torch.manual_seed(0)
+        np.random.seed(0)
+        data = self.model.data_preprocessor(copy.deepcopy(self._batch), True)
+        with torch.autocast(self.device.type, self.amp, enabled=False):
+            losses = self.model(**data, mode='loss')
+            return self.model.parse_losses(losses)[0]
+
+    def loss(self) -> torch.Tensor:
+        """The loss, in its graph."""
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            return self._loss()
+
+    def step(self) -> tuple[float, float, float]:
+        """One training step; seconds of forward, backward and optimizer."""
+        times = [self._now()]
+        loss = self.loss()
+        times.append(self._now())
+        if self.trains:
+            loss.backward()
+        times.append(self._now())
+        if self.trains:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        times.append(self._now())
+        return tuple(b - a for a, b in zip(times, times[1:]))
+
+    def _now(self) -> float:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+# --- measuring --------------------------------------------------------------------------------
+
+
+def stage_finder(model: nn.Module) -> Callable[[str], str]:
+    """From the dotted name of a module in any variant to the part of the model that it belongs to.
+
+    Args:
+        model (nn.Module): A prompted variant, which knows where stages end.
+
+    Returns:
+        Callable: 'stage1', …, 'prompts', 'neck', or 'head' for what is no other part.
+    """
+    backbone = model.backbone
+    order = {path: i for i, (path, _) in enumerate(backbone.backbone.named_modules())}
+    ends = {}  # by the last module inside the one that ends a stage
+    for stage in backbone.stages:
+        inside = [i for path, i in order.items() if f'{path}.'.startswith(f'{stage.path}.')]
+        ends[max(inside)] = stage.name.partition('_')[0]
+
+    def part(path: str) -> str:
+        words = path.split('.')
+        if words[0] != 'backbone':
+            return 'neck' if words[0] == 'neck' else 'head'
+        if words[1:2] == ['prompts']:
+            return 'prompts'
+        path = '.'.join(w for w in words[1:] if w not in ('backbone', 'module', 'original_layer')
+                        and not w.startswith('lora_'))
+        place = order.get(path, len(order))
+        return next((name for end, name in sorted(ends.items()) if place <= end), 'output norms')
+
+    return part
+
+
+def kept_bytes(variant: Variant, part: Callable[[str], str]) -> dict[str, int]:
+    """Bytes kept for the backward pass of one step, by part of the model."""
+    with KeptBytes(variant.model) as kept:
+        loss = variant.loss()
+    counted: Counter[str] = Counter()
+    for path, count in kept.by_module().items():
+        counted[part(path)] += count
+    del loss
+    return dict(counted)
+
+
+def peak_memory(variant: Variant) -> int | None:
+    """Most bytes that one step takes at a time, beside what is there before it.
+
+    By CUDA's allocator; on a CPU from the resident set, None where Linux does not let us reset its
+    peak.
+    """
+    gc.collect()
+    if variant.device.type == 'cuda':
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        variant.step()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL('libc.so.6').malloc_trim(0)
+        Path('/proc/self/clear_refs').write_text('5')
+    except OSError:
+        return None
+    before = _resident('VmRSS')
+    variant.step()
+    return max(0, _resident('VmHWM') - before)
+
+
+def _resident(field: str) -> int:
+    for line in Path('/proc/self/status').read_text().splitlines():
+        if line.startswith(f'{field}:'):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def measure(config: str, args: argparse.Namespace) -> dict:
+    """Measures every variant of one config.
+
+    Args:
+        config (str): Its name.
+        args (argparse.Namespace): The command line.
+
+    Returns:
+        dict: ``config`` and ``variants``: for each its figures.
+    """
+    cfg = launch.load_config(config)
+    if cfg.model.backbone.get('type') not in ('mmprotune.PromptedBackbone', 'PromptedBackbone'):
+        cfg = launch.wrap_config(cfg)
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    launch.prepare_processes(cfg)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if cfg.get('data_preprocessor') is not None:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    for owner in (cfg.model.get('data_preprocessor'), cfg.model.backbone.backbone):
+        for key in ('size', 'img_size'):
+            if owner and owner.get(key) is not None:
+                owner[key] = (args.size, args.size)
+
+    part = stage_finder(Variant(variant_cfg(cfg, 'naive'), 'naive', args).model)
+    variants = [Variant(variant_cfg(cfg, name), name, args) for name in args.variants]
+    for variant in (v for v in variants if not v.exists):
+        print(f'{config}: no linear layers, so no {TITLES[variant.name]}')
+    variants = [v for v in variants if v.exists]
+    found = {}
+    for variant in variants:
+        kept = kept_bytes(variant, part)
+        variant.step()  # the optimizer's state comes with its first step
+        state = variant.optimizer.state.values() if variant.trains else ()
+        found[variant.name] = dict(
+            kept=kept, kept_total=sum(kept.values()), peak=peak_memory(variant),
+            trainable=sum(p.numel() for p in variant.model.parameters() if p.requires_grad),
+            optimizer_state=sum(t.nbytes for s in state for t in s.values()
+                                if isinstance(t, torch.Tensor)),
+            gradients=sum(p.nbytes for p in variant.model.parameters() if p.requires_grad))
+    times = {variant.name: [] for variant in variants}
+    for _ in range(args.steps):
+        for variant in variants:  # in turn: the machine's moods meet all alike
+            times[variant.name].append(variant.step())
+    for name, steps in times.items():
+        if steps:
+            totals = [sum(step) for step in steps]
+            found[name].update(
+                {key: statistics.median(column) for key, column in zip(
+                    ('forward', 'backward', 'optimizer'), zip(*steps))},
+                step=statistics.median(totals), fastest=min(totals), slowest=max(totals))
+    return dict(config=config, variants=found)
+
+
+# --- output -----------------------------------------------------------------------------------
+
+
+def table(result: dict) -> str:
+    """The figures of one config as text, a line a variant."""
+    found = result['variants']
+    rows = [('', 'kept MiB', 'peak MiB', 'step s', 'min-max', 'fwd', 'bwd', 'opt', 'state MiB',
+             'reduce MiB')]
+    for name, f in found.items():
+        timed = 'step' in f
+        rows.append((
+            TITLES[name], _mib(f['kept_total']), _mib(f['peak']),
+            f'{f["step"]:.3f}' if timed else '-',
+            f'{f["fastest"]:.2f}-{f["slowest"]:.2f}' if timed else '-',
+            *(f'{f[key]:.3f}' if timed else '-' for key in ('forward', 'backward', 'optimizer')),
+            _mib(f['optimizer_state']), _mib(f['gradients'])))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [result['config']]
+    for row in rows:
+        lines.append('  '.join(c.ljust(w) if i == 0 else c.rjust(w)
+                               for i, (c, w) in enumerate(zip(row, widths))))
+    if 'lean' in found:
+        for other in ('full', 'naive', 'frozen'):
+            if other in found and found[other]['kept_total']:
+                ratio = found['lean']['kept_total'] / found[other]['kept_total']
+                line = f'lean keeps {ratio:.3f} of {TITLES[other]}'
+                if 'step' in found[other]:
+                    seconds = found['lean']['step'] / found[other]['step']
+                    line += f', takes {seconds:.2f} of its time'
+                lines.append(line)
+    return '\n'.join(lines)
+
+
+def _mib(count: int | None) -> str:
+    return '-' if count is None else f'{count / MIB:.1f}'
+
+
+def plot(results: list[dict], file: str) -> None:
+    """Draws the kept bytes as stacked bars, a group for each config.
+
+    Args:
+        results (list[dict]): What :func:`measure` returned.
+        file (str): PNG to write.
+    """
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    parts = sorted({p for r in results for f in r['variants'].values() for p in f['kept']},
+                   key=lambda p: (('neck', 'prompts', 'head').index(p) + 1 if p in (
+                       'neck', 'prompts', 'head') else 0, p))
+    colours = pyplot.get_cmap('viridis')(np.linspace(0, 0.95, len(parts)))
+    figure, axes = pyplot.subplots(
+        1, len(results), figsize=(1 + 3.2 * len(results), 4.2), squeeze=False)
+    for axis, result in zip(axes[0], results):
+        names = list(result['variants'])
+        base = np.zeros(len(names))
+        for part, colour in zip(parts, colours):
+            height = np.array([result['variants'][n]['kept'].get(part, 0) / MIB for n in names])
+            axis.bar(range(len(names)), height, bottom=base, color=colour, label=part)
+            base += height
+        for i, top in enumerate(base):
+            axis.annotate(f'{top:.0f}', (i, top), ha='center', va='bottom', fontsize=8)
+        axis.set_xticks(range(len(names)), [TITLES[n].replace(', ', ',\n').replace(' ', '\n', 1)
+                                            for n in names], fontsize=8)
+        axis.set_title(Path(result['config']).stem, fontsize=8)
+        axis.spines[['top', 'right']].set_visible(False)
+    axes[0][0].set_ylabel('MiB kept for the backward pass')
+    axes[0][-1].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints, writes.
+
+    Args:
+        argv (Sequence[str], optional): Arguments; None means the command line's.
+    """
+    args = parse_args(argv)
+    results = []
+    for config in args.configs:
+        results.append(measure(config, args))
+        print(table(results[-1]), end='\n\n', flush=True)
+    if args.plot:
+        plot(results, args.plot)
+    if args.json:
+        about = dict(torch=torch.__version__, python=platform.python_version(),
+                     device=torch.cuda.get_device_name() if args.device.startswith('cuda')
+                     else f'{platform.machine()} CPU', threads=torch.get_num_threads(),
+                     size=args.size, batch_size=args.batch_size, amp=args.amp,
+                     backbone_only=args.backbone_only, steps=args.steps)
+        Path(args.json).write_text(json.dumps(dict(about=about, results=results), indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    sys.exit(launch.run_tool(main))
