@@ -13,6 +13,7 @@ import copy
 import ctypes
 import gc
 import json
+import logging
 import platform
 import statistics
 import sys
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
+from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
@@ -39,7 +41,7 @@ TITLES = dict(full='full fine-tuning', frozen='head only', naive='prompted, naiv
               lean='prompted, lean', lora='LoRA')
 MIB = 2**20
 # Linear layers of attention, as the three libraries name them; where attention has none, the MLP's.
-LORA_TARGETS = (('.*qkv', '.*proj'), ('.*ffn.*', ))
+LORA_TARGETS = ((r'.*qkv', r'.*\.proj'), (r'.*ffn.*', ))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -396,6 +398,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Arguments; None means the command line's.
     """
     args = parse_args(argv)
+    MMLogger.get_current_instance().setLevel(logging.WARNING)  # not the weights' initialisation
     results = []
     for config in args.configs:
         results.append(measure(config, args))
