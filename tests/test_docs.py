@@ -145,11 +145,11 @@ def check_tool(path: str, words: list[str], capsys) -> None:
 
 
 def check_options(cfg: Config, options: list[str]) -> None:
-    """Each key is there, or at least its holder; hooks and what the Runner takes may be new."""
+    """Each key is there, or at least its holder; hooks, clipping and what the Runner takes may be new."""
     runner = inspect.signature(Runner.__init__).parameters
     for option in options:
         *holders, _ = option.partition('=')[0].split('.')
-        if holders[:1] == ['default_hooks'] or not holders or (
+        if not holders or holders[0] in ('default_hooks', 'optim_wrapper') or (
                 holders[0] in runner and holders[0] not in cfg):
             continue
         node = cfg
