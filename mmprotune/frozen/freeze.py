@@ -109,12 +109,15 @@ def freeze(module: nn.Module,
                              f'the names begin with {", ".join(names[:3])}, …')
         keep.update(matched)
     frozen = set()
-    for name, param in module.named_parameters():
-        param.requires_grad_(name in keep)
-        if name not in keep:
+    # Every name of a tensor that modules share: the state dict has it under each.
+    parameters = list(module.named_parameters(remove_duplicate=False))
+    kept = {id(param) for name, param in parameters if name in keep}
+    for name, param in parameters:
+        param.requires_grad_(id(param) in kept)
+        if id(param) not in kept:
             frozen.add(name)
     live = {path for path, _ in _live_modules(module)}
-    for path, child in module.named_modules():
+    for path, child in module.named_modules(remove_duplicate=False):
         if path not in live:
             frozen.update(
                 (f'{path}.' if path else '') + n for n, _ in _own_tensors(child)

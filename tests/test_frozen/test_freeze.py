@@ -154,3 +154,13 @@ def test_audit_finds_the_backbone_inside_a_model(prompted_cfg):
 def test_audit_needs_a_prompted_backbone():
     with pytest.raises(ValueError, match='got Sequential without one'):
         audit(network())
+
+
+def test_shared_modules_are_frozen_under_every_name():
+    """Blocks of a ViT may share their rotary embedding; the state dict has it once for each."""
+    norm = torch.nn.BatchNorm1d(3)
+    net = torch.nn.ModuleDict(dict(a=torch.nn.Sequential(torch.nn.Linear(3, 3), norm),
+                                   b=torch.nn.Sequential(torch.nn.Linear(3, 3), norm)))
+    assert freeze(net) == set(net.state_dict())
+    found = freeze(net, trainable=[r'a\.1\.weight'])
+    assert net['b'][1].weight.requires_grad and not found & {'a.1.weight', 'b.1.weight'}
