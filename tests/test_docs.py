@@ -145,7 +145,7 @@ def check_tool(path: str, words: list[str], capsys) -> None:
 
 
 def check_options(cfg: Config, options: list[str]) -> None:
-    """Each key is there, or at least its holder; hooks, clipping and what the Runner takes may be new."""
+    """Each key is there, or at least its holder; some holders may be new."""
     runner = inspect.signature(Runner.__init__).parameters
     for option in options:
         *holders, _ = option.partition('=')[0].split('.')
