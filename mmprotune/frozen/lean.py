@@ -177,6 +177,16 @@ def restore(module: nn.Module) -> None:
                 del child.__dict__[name]
 
 
+def unfold(module: nn.Module) -> None:
+    """Runs every folded norm by itself again, in place; outputs are bitwise the stock network's.
+
+    Args:
+        module (nn.Module): The network.
+    """
+    for child in module.modules():
+        child.__dict__.pop('lean_pair', None)
+
+
 def make_prompts_lean(prompts: nn.Module, lean: bool | Mapping | LeanOptions = True,
                       key: str = 'lean') -> None:
     """Makes prompt blocks keep their input and one narrow tensor, in place. They train as before.

@@ -47,17 +47,27 @@ def test_a_broken_promise_fails(monkeypatch):
     assert 'not equal to the frozen backbone at the start' in result['reason']
 
 
+def test_a_wrong_gradient_fails(monkeypatch):
+    from mmprotune.frozen import functional
+    convolve = functional.Convolution.input_gradient
+    monkeypatch.setattr(functional.Convolution, 'input_gradient',
+                        lambda self, *args: convolve(self, *args) * 1.001)
+    result = matrix.check('mmdet.ResNet')
+    assert result['verdict'] == 'fail' and 'gradients of lean layers are off' in result['reason']
+
+
 def test_the_table(tmp_path, capsys):
     results = [
         dict(name='a.B', verdict='pass', reason='', arguments=dict(arch='s'), parameters=100,
-             prompt_parameters=10, stages=[dict(path='x', index=1, channels=8)]),
+             prompt_parameters=10, lean_bytes=1, naive_bytes=4,
+             stages=[dict(path='x', index=1, channels=8)]),
         dict(name='a.C', verdict='host', reason='wants | more'),
         dict(name='a.D', verdict='fail', reason='AssertionError: no')
     ]
     text = matrix.markdown(results, 'make')
     assert '1 of the 2 backbone classes' in text and '(3 are registered)' in text
-    assert '| a.B | arch=s | x[1] | 8 | 10 | 10.0% | pass |' in text
-    assert '| a.C |  |  |  |  |  | host: wants / more |' in text
+    assert '| a.B | arch=s | x[1] | 8 | 10 | 10.0% | 25% | pass |' in text
+    assert '| a.C |  |  |  |  |  |  | host: wants / more |' in text
     with pytest.raises(SystemExit):
         matrix.main(['--only', 'no such backbone'])
     assert 'matches none' in capsys.readouterr().err

@@ -3,7 +3,8 @@
 Each backbone is checked in a process of its own, in its smallest architecture, with random weights
 and ``freeze='all'``: it builds, its stages are found, prompts at their start change nothing
 (bitwise), gradients reach exactly the prompts, one AdamW step moves prompts and nothing else
-(bitwise), a slim state dict restores the features, and two image sizes run.
+(bitwise), a slim state dict restores the features, two image sizes run, and lean layers give the
+features (bitwise, where no norm is folded) and gradients of ordinary ones while keeping less.
 """
 from __future__ import annotations
 
@@ -26,6 +27,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from mmprotune.frozen.kept import KeptBytes
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 # Classes that live beside the backbones without being one.
@@ -275,6 +278,47 @@ def _check_prompted(name: str, library: str, kwargs: dict, sizes: list, result: 
         torch.manual_seed(0)
         _require(all(torch.equal(a, b) for a, b in zip(expected, _run(model, images[0]))),
                  'a slim round trip changes the features')
+    _check_lean(model, images[0], result)
+
+
+def _check_lean(model: nn.Module, image: Tensor, result: dict) -> None:
+    """Compares the lean backbone with the ordinary one; the model is an ordinary one afterwards."""
+    from mmprotune.frozen.lean import restore, unfold
+
+    def step() -> tuple[list[Tensor], list[Tensor], int]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        with KeptBytes(model) as kept:
+            outputs = _run(model, image)
+        count = kept.total()
+        # Random weights: the mean square of a LayerNorm's output has no gradient to compare.
+        generator = torch.Generator().manual_seed(0)
+        sum((out.float() * torch.randn(out.shape, generator=generator)).mean()
+            for out in outputs if out.requires_grad).backward()
+        return outputs, [p.grad for p in model.prompts.parameters()], count
+
+    model.train()
+    folded, _, lean_bytes = step()
+    unfold(model)
+    outputs, gradients, _ = step()
+    restore(model)
+    expected, exact, naive_bytes = step()
+    result.update(lean_bytes=lean_bytes, naive_bytes=naive_bytes)
+    _require(all(torch.equal(a, b) for a, b in zip(outputs, expected)),
+             'lean layers change the features')
+    _require(_distance(folded, expected) < 1e-4, 'folded norms change the features')
+    distance = _distance(gradients, exact)
+    _require(distance < 1e-5, f'gradients of lean layers are off by {distance:.1e}')
+    _require(lean_bytes <= naive_bytes, f'lean layers keep {lean_bytes} bytes, ordinary ones '
+                                        f'{naive_bytes}')
+
+
+def _distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """How far some tensors are from others, relative to the norm of all."""
+    difference = sum(float((a.double() - b.double()).square().sum())
+                     for a, b in zip(found, expected))
+    return (difference / max(1e-60, sum(float(b.double().square().sum())
+                                        for b in expected)))**0.5
 
 
 def _require(holds: bool, message: str) -> None:
@@ -332,13 +376,17 @@ def markdown(results: Sequence[dict], command: str) -> str:
         "The checks, each on the smallest architecture with random weights and `freeze='all'`: "
         'stages found; equal to the frozen backbone at the start, bitwise; gradients for exactly '
         'the prompts; one AdamW step moves prompts and nothing else, bitwise; a slim state dict '
-        'restores the features; two image sizes (one where the backbone itself takes only one).',
+        'restores the features; two image sizes (one where the backbone itself takes only one); '
+        'lean layers give the features (bitwise, where no norm is folded) and the gradients (1e-5) '
+        'of ordinary ones.',
         '',
         'Prompts are the default block (bottleneck of 4) at every stage; their share is of the '
-        "backbone's parameters. `host` means that the backbone itself does not build or run "
+        "backbone's parameters. `kept` are the bytes that autograd keeps with lean layers, "
+        'prompts included, as a share of those with ordinary ones; on images this small a little '
+        'more than on large ones. `host` means that the backbone itself does not build or run '
         'here.', '',
-        '| backbone | arguments | stages | channels | prompt parameters | share | verdict |',
-        '|---|---|---|---|---|---|---|'
+        '| backbone | arguments | stages | channels | prompt parameters | share | kept | verdict |',
+        '|---|---|---|---|---|---|---|---|'
     ]
     for r in results:
         stages = r.get('stages', [])
@@ -347,10 +395,11 @@ def markdown(results: Sequence[dict], command: str) -> str:
         channels = ', '.join(str(s['channels']) for s in stages[:6])
         prompts = r.get('prompt_parameters')
         share = f"{prompts / r['parameters']:.1%}" if prompts else ''
+        kept = f"{r['lean_bytes'] / r['naive_bytes']:.0%}" if r.get('naive_bytes') else ''
         kwargs = ', '.join(f'{k}={v}' for k, v in r.get('arguments', {}).items())
         verdict = r['verdict'] + (f": {r['reason']}" if r['reason'] else '')
         lines.append(f"| {r['name']} | {kwargs} | {paths} | {channels} | "
-                     f"{'' if prompts is None else format(prompts, ',')} | {share} | "
+                     f"{'' if prompts is None else format(prompts, ',')} | {share} | {kept} | "
                      f"{verdict.replace('|', '/')} |")
     lines += ['', 'Registered beside the backbones, and none: '
               + '; '.join(f'{k} ({v})' for k, v in NOT_A_BACKBONE.items()) + '.', '']
