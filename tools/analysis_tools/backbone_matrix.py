@@ -370,8 +370,8 @@ def markdown(results: Sequence[dict], command: str) -> str:
         '# Backbones', '',
         f'{len(passed)} of the {len(run)} backbone classes that build and run here pass every '
         f'check ({len(results)} are registered). Written by `{command}` with mmprotune '
-        f'{__version__}, '
-        f'torch {torch.__version__.partition("+")[0]}, mmdet {mmdet.__version__}, mmseg {mmseg.__version__}, '
+        f'{__version__}, torch {torch.__version__.partition("+")[0]}, '
+        f'mmdet {mmdet.__version__}, mmseg {mmseg.__version__}, '
         f'mmpretrain {mmpretrain.__version__}, on a CPU.', '',
         "The checks, each on the smallest architecture with random weights and `freeze='all'`: "
         'stages found; equal to the frozen backbone at the start, bitwise; gradients for exactly '
