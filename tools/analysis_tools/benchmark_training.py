@@ -28,7 +28,7 @@ from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import nn
 
 from mmprotune.engine import launch
@@ -52,7 +52,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help='lora: mmpretrain.LoRAModel around the backbone, as a peer')
     parser.add_argument('--backbone-only', action='store_true',
                         help='no neck and head; the loss is the mean of the features')
-    parser.add_argument('--size', type=int, default=512, help='side of the images, in pixels')
+    parser.add_argument('--data', action='store_true',
+                        help="the first images of the config's own training set, not noise")
+    parser.add_argument('--size', type=int, default=512, help='side of noise images, in pixels')
     parser.add_argument('--batch-size', type=int, default=2)
     parser.add_argument('--steps', type=int, default=5, help='timed steps a variant; 0: none')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -105,6 +107,16 @@ def lora(backbone: dict) -> nn.Module | None:
     return None
 
 
+def draw_batch(cfg: Config, args: argparse.Namespace) -> dict:
+    """The same batch for every variant: noise, or the first images of the training set."""
+    rng = np.random.default_rng(0)
+    if not args.data:
+        return pseudo_collate([noise_item(cfg, args.size, rng) for _ in range(args.batch_size)])
+    np.random.seed(0)
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    return pseudo_collate([dataset[i] for i in range(args.batch_size)])
+
+
 class Backbone(nn.Module):
     """A backbone alone, with a loss that reads all of its features and keeps nothing."""
 
@@ -138,8 +150,7 @@ class Variant:
                 return
         for block in getattr(model.backbone, 'prompts', {}).values():
             nn.init.normal_(block.expand.weight, std=0.02)  # as after some training
-        rng = np.random.default_rng(0)
-        batch = pseudo_collate([noise_item(cfg, args.size, rng) for _ in range(args.batch_size)])
+        batch = draw_batch(cfg, args)
         if args.backbone_only:
             model.data_preprocessor.to(self.device)
             images = model.data_preprocessor(copy.deepcopy(batch), True)['inputs']
@@ -285,7 +296,7 @@ def measure(config: str, args: argparse.Namespace) -> dict:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     for owner in (cfg.model.get('data_preprocessor'), cfg.model.backbone.backbone):
         for key in ('size', 'img_size'):
-            if owner and owner.get(key) is not None:
+            if not args.data and owner and owner.get(key) is not None:
                 owner[key] = (args.size, args.size)
 
     part = stage_finder(Variant(variant_cfg(cfg, 'naive'), 'naive', args).model)
@@ -370,7 +381,7 @@ def plot(results: list[dict], file: str) -> None:
                        'neck', 'prompts', 'head') else 0, p))
     colours = pyplot.get_cmap('viridis')(np.linspace(0, 0.95, len(parts)))
     figure, axes = pyplot.subplots(
-        1, len(results), figsize=(1 + 3.2 * len(results), 4.2), squeeze=False)
+        1, len(results), figsize=(1 + 3.7 * len(results), 4.2), squeeze=False)
     for axis, result in zip(axes[0], results):
         names = list(result['variants'])
         base = np.zeros(len(names))
@@ -383,6 +394,7 @@ def plot(results: list[dict], file: str) -> None:
         axis.set_xticks(range(len(names)), [TITLES[n].replace(', ', ',\n').replace(' ', '\n', 1)
                                             for n in names], fontsize=8)
         axis.set_title(Path(result['config']).stem, fontsize=8)
+        axis.margins(y=0.08)
         axis.spines[['top', 'right']].set_visible(False)
     axes[0][0].set_ylabel('MiB kept for the backward pass')
     axes[0][-1].legend(fontsize=7, frameon=False)
@@ -409,8 +421,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         about = dict(torch=torch.__version__, python=platform.python_version(),
                      device=torch.cuda.get_device_name() if args.device.startswith('cuda')
                      else f'{platform.machine()} CPU', threads=torch.get_num_threads(),
-                     size=args.size, batch_size=args.batch_size, amp=args.amp,
-                     backbone_only=args.backbone_only, steps=args.steps)
+                     size=None if args.data else args.size, batch_size=args.batch_size,
+                     amp=args.amp, backbone_only=args.backbone_only, steps=args.steps)
         Path(args.json).write_text(json.dumps(dict(about=about, results=results), indent=1) + '\n')
 
 
