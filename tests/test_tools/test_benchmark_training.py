@@ -88,3 +88,10 @@ def test_parts_of_a_model():
         'neck.fpn': 'neck', 'roi_head.bbox_head': 'head', '': 'head',
     }
     assert {path: part(path) for path in names} == names
+
+
+@pytest.mark.parametrize('option', [['--size', '0'], ['--batch-size', '0'], ['--steps', '-1']])
+def test_bad_numbers(option, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse_args([CONFIG, *option])
+    assert f'{option[0]} must be at least' in capsys.readouterr().err

@@ -63,7 +63,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--plot', metavar='PNG', help='draw the kept bytes there')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='override keys of the configs')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for option, least in (('size', 32), ('batch_size', 1), ('steps', 0)):
+        if getattr(args, option) < least:
+            parser.error(f'--{option.replace("_", "-")} must be at least {least}, '
+                         f'got {getattr(args, option)}')
+    return args
 
 
 # --- variants ---------------------------------------------------------------------------------
