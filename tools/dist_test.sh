@@ -17,21 +17,4 @@ config=$1
 checkpoint=$2
 gpus=$3
 shift 3
-
-tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-nnodes=${NNODES:-1}
-port=${PORT:-}
-if [[ -z $port && $nnodes != 1 ]]; then
-    port=29500
-elif [[ -z $port ]]; then
-    # Any free port, so that two jobs on one machine do not meet.
-    port=$("${PYTHON:-python}" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-fi
-
-PYTHONPATH="$(dirname "$tools")${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" -m torch.distributed.run \
-    --nnodes="$nnodes" \
-    --node_rank="${NODE_RANK:-0}" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" \
-    --master_port="$port" \
-    --nproc_per_node="$gpus" \
-    "$tools/test.py" "$config" "$checkpoint" --launcher pytorch "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh" test.py "$gpus" "$config" "$checkpoint" --launcher pytorch "$@"

@@ -8,6 +8,7 @@ usage: [NNODES=1] [NODE_RANK=0] [MASTER_ADDR=127.0.0.1] [PORT=…] $0 CONFIG GPU
   PYTHON names another interpreter than python.
   GPUS is the number of processes on this machine; without a GPU they run on the CPU.
   With NNODES > 1, run it on every machine with the same MASTER_ADDR and PORT (29500 unless set).
+  PET_MAX_RESTARTS=3 … --resume: on one machine, a process that dies is started again, with the others.
 TEXT
     exit 2
 }
@@ -16,21 +17,4 @@ TEXT
 config=$1
 gpus=$2
 shift 2
-
-tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-nnodes=${NNODES:-1}
-port=${PORT:-}
-if [[ -z $port && $nnodes != 1 ]]; then
-    port=29500
-elif [[ -z $port ]]; then
-    # Any free port, so that two jobs on one machine do not meet.
-    port=$("${PYTHON:-python}" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-fi
-
-PYTHONPATH="$(dirname "$tools")${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" -m torch.distributed.run \
-    --nnodes="$nnodes" \
-    --node_rank="${NODE_RANK:-0}" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" \
-    --master_port="$port" \
-    --nproc_per_node="$gpus" \
-    "$tools/train.py" "$config" --launcher pytorch "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/torchrun.sh" train.py "$gpus" "$config" --launcher pytorch "$@"
