@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import twins
+from .origin import FrozenLayerError
 from .planning import DryRun, find_pairs, fold, kept_bytes, plan
 
 # What frozen weights can be stored in.
@@ -33,14 +34,15 @@ class LeanOptions:
         attention (str | bool): 'exact' keeps queries, keys and values, and repeats the host's own
             operations; 'sdpa' uses ``F.scaled_dot_product_attention`` where there is no bias,
             which moves outputs by rounding; False leaves attention as it is. Defaults to 'exact'.
-        prompts (str | bool): 'bottleneck' makes prompt blocks compute what follows their first
-            convolution again; 'input' makes them compute all of it again; False makes them keep
-            all. Defaults to 'bottleneck'.
+        prompts (str | bool): What prompt blocks keep, computing the rest again: 'output' their
+            feature with the prompt added (which the layers behind keep anyway) and their
+            bottleneck, 'bottleneck' the feature without it and their bottleneck, 'input' the
+            feature without it; False everything. Defaults to 'output'.
     """
     fold: bool = True
     recompute: float = 0.1
     attention: str | bool = 'exact'
-    prompts: str | bool = 'bottleneck'
+    prompts: str | bool = 'output'
 
     @classmethod
     def parse(cls, value: bool | Mapping, key: str = 'lean') -> LeanOptions | None:
@@ -75,7 +77,7 @@ class LeanOptions:
         if options.recompute < 0:
             raise ValueError(f'{key}.recompute must not be negative, got {options.recompute}')
         for name, choices in (('attention', ('exact', 'sdpa', False)),
-                              ('prompts', ('bottleneck', 'input', False))):
+                              ('prompts', ('output', 'bottleneck', 'input', False))):
             chosen = getattr(options, name)
             if chosen is True or chosen not in choices:
                 raise ValueError(f'{key}.{name} must be one of {choices}, got {chosen!r}')
@@ -124,7 +126,8 @@ class LeanReport:
 def make_lean(module: nn.Module,
               lean: bool | Mapping | LeanOptions = True,
               root: nn.Module | None = None,
-              key: str = 'lean') -> LeanReport:
+              key: str = 'lean',
+              prompts: nn.Module | None = None) -> LeanReport:
     """Makes the frozen layers of a network lean, in place.
 
     Runs the network a few times on a small noise image, in eval mode and without touching any
@@ -136,6 +139,9 @@ def make_lean(module: nn.Module,
         root (nn.Module, optional): What takes images and runs the network, with whatever trains
             around it. Defaults to None: the network itself.
         key (str): The config key of ``lean``, for error messages. Defaults to 'lean'.
+        prompts (nn.Module, optional): Holds prompt blocks that run inside of ``root``; they keep
+            less too, and train as before. Blocks of other types, or with norms that keep statistics
+            or with dropout, stay as they are. Defaults to None.
 
     Returns:
         LeanReport: What was done.
@@ -148,6 +154,8 @@ def make_lean(module: nn.Module,
     if options is None:
         return report
     restore(module)
+    if prompts is not None and options.prompts:
+        _swap_prompts(prompts, options)
     dry_run = DryRun(module if root is None else root, module)
     pairs = find_pairs(module, dry_run) if options.fold and dry_run.shape else []
     _swap(module, options, report)
@@ -156,12 +164,39 @@ def make_lean(module: nn.Module,
                               'nothing is folded or computed again')
         return report
     _fold(module, pairs, dry_run, report)
+    if prompts is not None and options.prompts == 'output':
+        _check_additions(prompts, dry_run, report)
     report.recomputed = plan(module, options.budget, dry_run)
     counted = kept_bytes(module, dry_run)
     report.kept = sum(counted.values())
     report.ordinary = {path: n for path, n in counted.items()
                        if not isinstance(module.get_submodule(path), twins.Twin)}
     return report
+
+
+def _check_additions(prompts: nn.Module, dry_run: DryRun, report: LeanReport) -> None:
+    """Lets prompts keep their feature where the network changes prompted features in place."""
+    outputs = [o for o in dry_run() or [] if o.requires_grad]
+    trained = [p for p in prompts.parameters() if p.requires_grad]
+    if not outputs or not trained:
+        return
+    try:
+        torch.autograd.grad(outputs, trained, [torch.zeros_like(o) for o in outputs],
+                            allow_unused=True)
+    except FrozenLayerError:
+        for block in prompts.modules():
+            if isinstance(block, twins.PROMPTS):
+                block.__dict__['lean_prompts'] = 'bottleneck'
+        report.remarks.append('the network changes prompted features in place, so its prompts '
+                              "keep the features from before (as with prompts='bottleneck')")
+
+
+def _swap_prompts(prompts: nn.Module, options: LeanOptions) -> None:
+    for block in prompts.modules():
+        cls = None if isinstance(block, twins.Twin) else twins.twin_of(block)
+        if cls is not None and issubclass(cls, twins.PROMPTS):
+            block.__class__ = cls
+            block.__dict__['lean_prompts'] = options.prompts
 
 
 def restore(module: nn.Module) -> None:
@@ -185,26 +220,6 @@ def unfold(module: nn.Module) -> None:
     """
     for child in module.modules():
         child.__dict__.pop('lean_pair', None)
-
-
-def make_prompts_lean(prompts: nn.Module, lean: bool | Mapping | LeanOptions = True,
-                      key: str = 'lean') -> None:
-    """Makes prompt blocks keep their input and one narrow tensor, in place. They train as before.
-
-    Args:
-        prompts (nn.Module): Holds the blocks. Blocks of other types, or with norms that keep
-            statistics or with dropout, stay as they are.
-        lean (bool | Mapping | LeanOptions): See :class:`LeanOptions`. Defaults to True.
-        key (str): The config key of ``lean``, for error messages. Defaults to 'lean'.
-    """
-    options = LeanOptions.parse(lean, key)
-    if options is None or not options.prompts:
-        return
-    for block in prompts.modules():
-        cls = None if isinstance(block, twins.Twin) else twins.twin_of(block)
-        if cls is not None and issubclass(cls, twins.PROMPTS):
-            block.__class__ = cls
-            block.__dict__['lean_keeps_input_only'] = options.prompts == 'input'
 
 
 def store_weights(module: nn.Module,

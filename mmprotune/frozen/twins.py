@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from . import activations
 from . import functional as lean
 from .origin import FrozenLayerError, builds_graph, is_recorded
+from .prompts import PromptAddition
 
 
 class Twin:
@@ -388,9 +389,10 @@ class _ShiftWindowMSA(Twin):
 
 
 class _PromptBlock(Twin):
-    """Keeps its input and the narrow output of its first convolution, and computes what follows
-    again; or keeps its input only. This one trains: its parameters get their gradients."""
-    lean_keeps_input_only = False
+    """Keeps its output added to its input, or its input, and the narrow output of its first
+    convolution, and computes what follows again; or keeps its input only. This one trains: its
+    parameters get their gradients."""
+    lean_prompts = 'bottleneck'
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
@@ -398,17 +400,32 @@ class _PromptBlock(Twin):
         stateful = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
         return not any(isinstance(m, stateful) for m in module.modules())
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def lean_adds(self) -> bool:
+        """Whether it may add its prompt itself now: hooks see what they see on a stock block."""
+        return self.lean_prompts == 'output' and not is_recorded() and not any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            for m in (self, self.reduce))
+
+    def forward(self, x: Tensor, *addition) -> Tensor:
+        """The prompt of a feature map. With ``addition``, the last three arguments of
+        :class:`~mmprotune.frozen.prompts.PromptAddition`: the feature with its prompt."""
+        if addition:
+            tail = [p for m in (self.spatial, self.norm, self.act, self.expand)
+                    for p in m.parameters()]
+            if self.scale is not None:
+                tail.append(self.scale)
+            return PromptAddition(self.reduce, self._lean_rest, tuple(tail), *addition)(x)
         if (not torch.is_grad_enabled() or is_recorded() or x.dim() != 4
                 or x.size(1) != self.channels):
             return super().forward(x)
-        if self.lean_keeps_input_only:
+        if self.lean_prompts == 'input':
             return _again(super().forward, x)
-        prompt = _again(self._lean_tail, self.reduce(x))
-        return prompt if self.scale is None else prompt * self.scale
+        return _again(self._lean_rest, self.reduce(x))
 
-    def _lean_tail(self, hidden: Tensor) -> Tensor:
-        return self.expand(self.act(self.norm(self.spatial(hidden))))
+    def _lean_rest(self, hidden: Tensor) -> Tensor:
+        prompt = self.expand(self.act(self.norm(self.spatial(hidden))))
+        return prompt if self.scale is None else prompt * self.scale
 
 
 def _again(function, x: Tensor) -> Tensor:

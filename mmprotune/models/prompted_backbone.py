@@ -8,12 +8,14 @@ import contextlib
 import copy
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger, print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmprotune.checkpoint import check_incoming
 from mmprotune.frozen import FillRecorder, fingerprint, freeze, frozen_tensors, keep_frozen_in_eval
@@ -23,7 +25,6 @@ from mmprotune.frozen.lean import (
                      LeanOptions,
                      LeanReport,
                      make_lean,
-                     make_prompts_lean,
                      store_weights,
 )
 from mmprotune.registry import MODELS
@@ -255,8 +256,7 @@ class PromptedBackbone(BaseModule):
                              f'last_stage={self.last_stage!r}; prompt=None is the way to have none')
 
     def _make_lean(self, options: LeanOptions, backbone_dtype: str | None) -> None:
-        make_prompts_lean(self.prompts, options)
-        self.lean_report = make_lean(self.backbone, options, root=self)
+        self.lean_report = make_lean(self.backbone, options, root=self, prompts=self.prompts)
         name = type(self.backbone).__name__
         level = logging.WARNING if self.lean_report.remarks else logging.INFO
         print_log(f'lean {name}: {self.lean_report}', logger='current', level=level)
@@ -293,23 +293,27 @@ class PromptedBackbone(BaseModule):
         Returns:
             Tensor: The prompted feature, in the same layout.
         """
-        feature, restore = self._as_map(stage, x, (*args, *(kwargs or {}).values()))
-        prompt = self.prompts[stage.name](feature)
+        to_map, from_map = self._as_map(stage, x, (*args, *(kwargs or {}).values()))
+        block, note = self.prompts[stage.name], None
         if self._norms is not None:
-            self._norms[stage.name] = (prompt.detach().float().norm(),
-                                       feature.detach().float().norm())
-        prompt = restore(prompt)
-        if self.last_stage == 'serial' and stage.path == self.stages[-1].path:
-            return prompt
-        return x + prompt
+            note = partial(_note_norms, self._norms, stage.name)
+        serial = self.last_stage == 'serial' and stage.path == self.stages[-1].path
+        if not serial and getattr(block, 'lean_adds', False):
+            return block(x, to_map, from_map, note)
+        feature = to_map(x)
+        prompt = block(feature)
+        if note is not None:
+            note(prompt, feature)
+        prompt = from_map(prompt)
+        return prompt if serial else x + prompt
 
     def _as_map(self, stage: Stage, x: Tensor, arguments: tuple):
-        """The feature as (N, C, H, W), and the way back for the prompt."""
+        """The way from the feature to (N, C, H, W), and the way back for the prompt."""
         layout = stage.layout
         if layout.kind == 'NCHW':
-            return x, lambda prompt: prompt
+            return _unchanged, _unchanged
         if layout.kind == 'NHWC':
-            return x.permute(0, 3, 1, 2), lambda prompt: prompt.permute(0, 2, 3, 1)
+            return _channels_first, _channels_last
         extra = layout.extra_tokens
         grid = next((a for a in arguments if isinstance(a, (tuple, list)) and len(a) == 2
                      and all(isinstance(n, int) for n in a) and a[0] * a[1] == x.size(1) - extra),
@@ -321,15 +325,15 @@ class PromptedBackbone(BaseModule):
                 f'{type(self.backbone).__name__}.{stage.path}: {x.size(1)} tokens with {extra} '
                 f'extra ones fit no grid of stride {layout.stride:g} on images of {self._image}; '
                 f'the feature has shape {tuple(x.shape)}')
-        tokens = x[:, extra:].transpose(1, 2).reshape(x.size(0), x.size(2), *grid)
 
-        def restore(prompt: Tensor) -> Tensor:
-            prompt = prompt.flatten(2).transpose(1, 2)
-            if not extra:
-                return prompt
-            return torch.cat([torch.zeros_like(x[:, :extra]), prompt], dim=1)
+        def to_map(x: Tensor) -> Tensor:
+            return x[:, extra:].transpose(1, 2).reshape(x.size(0), x.size(2), *grid)
 
-        return tokens, restore
+        def from_map(prompt: Tensor) -> Tensor:
+            tokens = prompt.flatten(2).transpose(1, 2)
+            return F.pad(tokens, (0, 0, extra, 0)) if extra else tokens
+
+        return to_map, from_map
 
     @contextlib.contextmanager
     def record_norms(self):
@@ -381,6 +385,22 @@ class PromptedBackbone(BaseModule):
             if inner is None or name.startswith('_'):
                 raise
             return getattr(inner, name)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _note_norms(norms: dict, name: str, prompt: Tensor, feature: Tensor) -> None:
+    norms[name] = prompt.detach().float().norm(), feature.detach().float().norm()
 
 
 def _identity(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -120,7 +120,7 @@ def test_same_features_and_gradients(name):
 @pytest.mark.parametrize('name', sorted(set(SMALL) - {'mscan'}))
 def test_same_with_folded_norms_and_everything_recomputed(name):
     """In double precision, where no activation's kink is crossed by rounding."""
-    model = prompted(SMALL[name], lean=dict(recompute=True, prompts='input')).double()
+    model = prompted(SMALL[name], lean=dict(recompute=True)).double()
     naive = ordinary(model)
     x = images(1, 3, 96, 64, dtype=torch.float64)
     (outputs, gradients), (expected, exact) = step(model, x), step(naive, x)
@@ -192,7 +192,7 @@ def test_kept_bytes_at_512(name):
     assert lean_bytes <= of_naive * naive_bytes
 
 
-def test_the_backbone_keeps_bits_and_the_prompts_their_input():
+def test_the_backbone_keeps_bits_and_the_prompts_their_feature():
     """ResNet's own share: one bit for each output of a ReLU after the first prompt."""
     model = prompted(SMALL['resnet'])
     elements = []
