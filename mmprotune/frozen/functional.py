@@ -28,6 +28,7 @@ from .activations import (
                      tanh,
 )
 from .attention import attention, packed_attention
+from .kernels import pointwise, suits_pointwise
 from .origin import (
                      FrozenLayerError,
                      Kept,
@@ -103,9 +104,12 @@ class Convolution:
             bias = shift if bias is None else torch.addcmul(shift, bias, scale)
         if self.pad is not None:
             x = F.pad(x, self.pad, mode=self.pad_mode)
+        is_matrix = into_weight and self._is_matrix(x, weight, torch.contiguous_format)
+        if is_matrix and suits_pointwise(x, weight):
+            return pointwise(x, weight.flatten(1), bias)
         # Where convolutions are products of matrices, PyTorch spreads the bias over the output
         # first, which takes as long as the norm would.
-        late = into_weight and self._is_matrix(x, weight, torch.contiguous_format)
+        late = is_matrix and torch.get_num_threads() == 1
         y = self._convolve(x, weight, None if late else bias)
         if late:
             y.add_(_columns(bias, y))
@@ -140,9 +144,11 @@ class Convolution:
                                                           memory_format))
             return gradient
         if self._is_matrix(grad, weight, memory_format):
-            # Where PyTorch would take a detour through patches.
-            matrix = weight.to(grad.dtype).flatten(1).t()
-            return torch.matmul(matrix, grad.flatten(2)).view(shape)
+            matrix = weight.flatten(1).t()
+            if suits_pointwise(grad, weight):
+                return pointwise(grad, matrix)
+            if torch.get_num_threads() == 1:  # PyTorch would take a detour through patches
+                return torch.matmul(matrix.to(grad.dtype), grad.flatten(2)).view(shape)
         # PyTorch's backward asks for the input, but reads no more of it than shape and layout.
         x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
         padded = x if self.pad is None else F.pad(x, self.pad)
@@ -173,10 +179,9 @@ class Convolution:
 
     def _is_matrix(self, x: Tensor, weight: Tensor,
                    memory_format: torch.memory_format) -> bool:
-        """Whether this is one matrix for all pixels, on one thread of a CPU."""
-        return (x.device.type == 'cpu' and torch.get_num_threads() == 1
-                and self._is_pointwise(weight) and math.prod(self.stride) == 1
-                and self.groups == 1 and x.numel() > 0
+        """Whether this is one matrix for all pixels of a map on a CPU."""
+        return (x.device.type == 'cpu' and self._is_pointwise(weight)
+                and math.prod(self.stride) == 1 and self.groups == 1 and x.numel() > 0
                 and memory_format == torch.contiguous_format and x.is_contiguous())
 
     def _into_weight(self, shape: Sequence[int], weight: Tensor) -> bool:

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import twins
-from .origin import FrozenLayerError
 from .planning import DryRun, find_pairs, fold, kept_bytes, plan
 
 # What frozen weights can be stored in.
@@ -25,8 +24,9 @@ class LeanOptions:
     """What ``lean=dict(…)`` may hold.
 
     Attributes:
-        fold (bool): Whether a frozen BatchNorm becomes part of the convolution before it, where it
-            alone reads the convolution's output. Outputs then move by rounding. Defaults to True.
+        fold (bool): Whether outputs may move by rounding: a frozen BatchNorm becomes part of the
+            convolution before it, where it alone reads the convolution's output, and on a CPU 1x1
+            convolutions take the kernel that suits their size. Defaults to True.
         recompute (float): Work that the backward pass may do twice, as a share of the frozen
             network's multiplications in a training step. It goes where a multiplication saves most
             bytes: hidden layers of MLPs, queries, keys and values. 0 means nothing, True anything.
@@ -176,19 +176,21 @@ def make_lean(module: nn.Module,
 
 def _check_additions(prompts: nn.Module, dry_run: DryRun, report: LeanReport) -> None:
     """Lets prompts keep their feature where the network changes prompted features in place."""
-    outputs = [o for o in dry_run() or [] if o.requires_grad]
-    trained = [p for p in prompts.parameters() if p.requires_grad]
-    if not outputs or not trained:
+    saved = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append((tensor, tensor._version))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = dry_run()
+    if outputs is None or all(t._version == version for t, version in saved):
         return
-    try:
-        torch.autograd.grad(outputs, trained, [torch.zeros_like(o) for o in outputs],
-                            allow_unused=True)
-    except FrozenLayerError:
-        for block in prompts.modules():
-            if isinstance(block, twins.PROMPTS):
-                block.__dict__['lean_prompts'] = 'bottleneck'
-        report.remarks.append('the network changes prompted features in place, so its prompts '
-                              "keep the features from before (as with prompts='bottleneck')")
+    for block in prompts.modules():
+        if isinstance(block, twins.PROMPTS):
+            block.__dict__['lean_prompts'] = 'bottleneck'
+    report.remarks.append('the network changes prompted features in place, so its prompts keep '
+                          "the features from before (as with prompts='bottleneck')")
 
 
 def _swap_prompts(prompts: nn.Module, options: LeanOptions) -> None:
@@ -196,7 +198,7 @@ def _swap_prompts(prompts: nn.Module, options: LeanOptions) -> None:
         cls = None if isinstance(block, twins.Twin) else twins.twin_of(block)
         if cls is not None and issubclass(cls, twins.PROMPTS):
             block.__class__ = cls
-            block.__dict__['lean_prompts'] = options.prompts
+            block.__dict__.update(lean_prompts=options.prompts, lean_fast=options.fold)
 
 
 def restore(module: nn.Module) -> None:

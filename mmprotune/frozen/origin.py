@@ -82,6 +82,11 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return _autocast(x.device.type, False, None)
 
 
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return _autocast_state(device_type)[0]
+
+
 def _autocast(device_type: str, enabled: bool, dtype: torch.dtype | None):
     if not enabled and not _autocast_state(device_type)[0]:
         return contextlib.nullcontext()

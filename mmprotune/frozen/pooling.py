@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
+from .kernels import separate_max_pool2d, suits_separate_pool
 from .origin import builds_graph
 
 aten = torch.ops.aten
@@ -87,6 +88,9 @@ def max_pool2d(x: Tensor, kernel_size, stride=None, padding=0, dilation=1,
     """
     kernel, padding, dilation = _pair(kernel_size), _pair(padding), _pair(dilation)
     stride = kernel if stride is None else _pair(stride)
+    if not builds_graph(x) and suits_separate_pool(
+            x, kernel, stride, padding, dilation, ceil_mode):
+        return separate_max_pool2d(x, kernel, stride, padding)
     if not builds_graph(x) or kernel[0] * kernel[1] > 256 or x.numel() == 0:
         return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
     return _MaxPool2d.apply(x, kernel, stride, padding, dilation, ceil_mode)

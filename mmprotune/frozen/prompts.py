@@ -5,10 +5,10 @@ is the sum less the prompt.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -25,8 +25,9 @@ class PromptAddition:
     the rounding of the sum, for the gradient of the convolution's weight.
 
     Args:
-        reduce (nn.Module): The 1x1 convolution.
-        rest (Callable): What follows it, from (N, hidden, H, W) to the prompt, (N, C, H, W).
+        first (Callable): The 1x1 convolution, from (N, C, H, W) to (N, hidden, H, W).
+        weight, bias (Tensor): Its parameters.
+        rest (Callable): What follows it, to the prompt, (N, C, H, W).
         parameters (Sequence[Tensor]): The parameters of ``rest``.
         to_map (Callable): From the feature as its stage returns it to (N, C, H, W).
         from_map (Callable): The way back. Both are linear and move elements only.
@@ -35,13 +36,16 @@ class PromptAddition:
     """
 
     def __init__(self,
-                 reduce: nn.Module,
+                 first: Callable[[Tensor], Tensor],
+                 weight: Tensor,
+                 bias: Tensor,
                  rest: Callable[[Tensor], Tensor],
-                 parameters: tuple[Tensor, ...],
+                 parameters: Sequence[Tensor],
                  to_map: Callable[[Tensor], Tensor],
                  from_map: Callable[[Tensor], Tensor],
                  note: Callable[[Tensor, Tensor], None] | None = None) -> None:
-        self.reduce, self.rest, self.parameters = reduce, rest, parameters
+        self.first, self.weight, self.bias = first, weight, bias
+        self.rest, self.parameters = rest, parameters
         self.to_map, self.from_map, self.note = to_map, from_map, note
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -55,12 +59,12 @@ class PromptAddition:
         """
         if not torch.is_grad_enabled():
             return self.forward(x)[0]
-        return _Add.apply(x, self, self.reduce.weight, self.reduce.bias, *self.parameters)
+        return _Add.apply(x, self, self.weight, self.bias, *self.parameters)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The prompted feature and the narrow tensor, without a graph."""
         feature = self.to_map(x)
-        hidden = self.reduce(feature)
+        hidden = self.first(feature)
         prompt = self.rest(hidden)
         if self.note is not None:
             self.note(prompt, feature)

@@ -6,6 +6,7 @@ the class whose ``forward`` they run. A subclass with a ``forward`` of its own h
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import activations
 from . import functional as lean
+from .kernels import pointwise, suits_pointwise
 from .origin import FrozenLayerError, builds_graph, is_recorded
 from .prompts import PromptAddition
 
@@ -79,8 +81,9 @@ class Pair:
             scale = torch.rsqrt(norm.running_var + norm.eps)
             if norm.weight is not None:
                 scale = scale * norm.weight
-            shift = -norm.running_mean * scale
-            return scale, shift if norm.bias is None else shift + norm.bias
+            if norm.bias is None:
+                return scale, -norm.running_mean * scale
+            return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
 
 
 # --- layers with weights ----------------------------------------------------------------------
@@ -393,6 +396,7 @@ class _PromptBlock(Twin):
     convolution, and computes what follows again; or keeps its input only. This one trains: its
     parameters get their gradients."""
     lean_prompts = 'bottleneck'
+    lean_fast = False
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
@@ -405,7 +409,7 @@ class _PromptBlock(Twin):
         """Whether it may add its prompt itself now: hooks see what they see on a stock block."""
         return self.lean_prompts == 'output' and not is_recorded() and not any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-            for m in (self, self.reduce))
+            for m in self.modules())
 
     def forward(self, x: Tensor, *addition) -> Tensor:
         """The prompt of a feature map. With ``addition``, the last three arguments of
@@ -415,7 +419,8 @@ class _PromptBlock(Twin):
                     for p in m.parameters()]
             if self.scale is not None:
                 tail.append(self.scale)
-            return PromptAddition(self.reduce, self._lean_rest, tuple(tail), *addition)(x)
+            return PromptAddition(partial(self._lean_pointwise, self.reduce), self.reduce.weight,
+                                  self.reduce.bias, self._lean_rest, tail, *addition)(x)
         if (not torch.is_grad_enabled() or is_recorded() or x.dim() != 4
                 or x.size(1) != self.channels):
             return super().forward(x)
@@ -424,8 +429,14 @@ class _PromptBlock(Twin):
         return _again(self._lean_rest, self.reduce(x))
 
     def _lean_rest(self, hidden: Tensor) -> Tensor:
-        prompt = self.expand(self.act(self.norm(self.spatial(hidden))))
+        hidden = self.act(self.norm(self.spatial(hidden)))
+        prompt = self._lean_pointwise(self.expand, hidden)
         return prompt if self.scale is None else prompt * self.scale
+
+    def _lean_pointwise(self, conv: nn.Module, x: Tensor) -> Tensor:
+        if self.lean_fast and not torch.is_grad_enabled() and suits_pointwise(x, conv.weight):
+            return pointwise(x, conv.weight.flatten(1), conv.bias)
+        return conv(x)
 
 
 def _again(function, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from mmprotune.frozen import activations
 from mmprotune.frozen import functional as lean
 from mmprotune.frozen.kept import KeptBytes
+from mmprotune.frozen.kernels import pointwise, suits_pointwise
 from mmprotune.frozen.origin import Origin
 
 
@@ -432,3 +433,55 @@ def test_outputs_hold_nothing_once_the_graph_is_gone(name):
     del y
     gc.collect()
     assert gone() is None
+
+
+# --- kernels ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('shape, kernel, stride, padding', [
+    ((2, 3, 16, 16), 3, 2, 1), ((2, 3, 15, 9), 3, 2, 1), ((3, 15, 9), 3, 2, 1),
+    ((1, 2, 3, 2), 13, 1, 6), ((1, 2, 8, 5), (2, 3), (2, 1), (0, 1)), ((1, 1, 7, 7), 7, 1, 3),
+    ((1, 1, 9, 9), 2, 3, 0), ((1, 1, 5, 5), 5, 5, 2), ((1, 1, 2, 2), 2, 2, 0),
+    ((1, 1, 4, 4), 2, 2, 1), ((1, 2, 1, 1), 3, 2, 1)])
+def test_max_pooling_without_a_graph(shape, kernel, stride, padding, dtype):
+    """Bitwise what PyTorch computes, whichever kernel is taken."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x.view(-1)[::5] = x.min()
+    inputs = [x]
+    if x.dim() == 4:
+        inputs.append(x.contiguous(memory_format=torch.channels_last))
+    if x.numel() > 4:
+        inputs.append(x.clone())
+        inputs[-1].view(-1)[3] = float('nan')
+        inputs.append(torch.full_like(x, -float('inf')))
+    for x in inputs:
+        found = lean.max_pool2d(x, kernel, stride, padding)
+        expected = F.max_pool2d(x, kernel, stride, padding)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        assert found.is_contiguous() == expected.is_contiguous()
+
+
+def test_max_pooling_refuses_what_pytorch_refuses():
+    x = torch.randn(1, 1, 8, 8)
+    for settings in ((3, 2, 2), (3, 0, 0), (9, 1, 0), (0, 1, 0)):
+        with pytest.raises(RuntimeError) as ours:
+            lean.max_pool2d(x, *settings)
+        with pytest.raises(RuntimeError) as theirs:
+            F.max_pool2d(x, *settings)
+        assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize('shape', [(2, 8, 5, 7), (1, 64, 1, 1), (3, 1, 4, 4)])
+def test_pointwise(shape):
+    x, matrix, bias = (draw(*s, dtype=torch.float32) for s in (shape, (5, shape[1]), (5, )))
+    assert suits_pointwise(x, matrix[..., None, None]) == torch.backends.mkldnn.is_available()
+    for b in (None, bias):
+        expected = F.conv2d(x, matrix[..., None, None], b)
+        torch.testing.assert_close(pointwise(x, matrix, b), expected)
+    gradient = pointwise(expected, matrix.t())
+    torch.testing.assert_close(gradient, F.conv_transpose2d(expected, matrix[..., None, None]))
+    assert not suits_pointwise(x.double(), matrix.double()[..., None, None])
+    assert not suits_pointwise(x[:0], matrix[..., None, None])
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not suits_pointwise(x, matrix[..., None, None])

@@ -35,6 +35,8 @@ def test_figures(measured):
         assert figures['kept_total'] == sum(figures['kept'].values()) > 0
         assert figures['kept']['head'] > 0 and figures['kept']['neck'] > 0
         assert 0 < figures['fastest'] <= figures['step'] <= figures['slowest']
+        assert 0 < figures['inference_fastest'] <= figures['inference']
+        assert figures['allocated'] > figures['gradients']
         # AdamW: two moments for each gradient, and a counter for each tensor.
         assert 0 < figures['optimizer_state'] - 2 * figures['gradients'] < 4096
     stages = [sum(n for part, n in f['kept'].items() if part.startswith('stage'))
@@ -43,6 +45,7 @@ def test_figures(measured):
     assert frozen == 0 and 0 < lean < 0.1 * naive and lean < 0.1 * full
     assert 'prompts' not in found['frozen']['kept'] and found['lean']['kept']['prompts'] > 0
     assert found['lean']['kept_total'] < found['naive']['kept_total']
+    assert found['lean']['allocated'] < found['naive']['allocated']
     assert found['lean']['gradients'] == found['naive']['gradients'] < found['full']['gradients']
     assert (measured / 'out.png').read_bytes().startswith(b'\x89PNG')
 
@@ -50,7 +53,7 @@ def test_figures(measured):
 def test_table(measured):
     result = json.loads((measured / 'out.json').read_text())['results'][0]
     text = benchmark.table(result)
-    assert 'prompted, lean' in text and 'lean keeps' in text and 'of head only' in text
+    assert 'prompted, lean' in text and 'lean of head only: kept 0.' in text
 
 
 def test_a_stock_config_and_a_peer(capsys):

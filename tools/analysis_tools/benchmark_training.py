@@ -2,8 +2,8 @@
 
 For each config, on the same noise images: the bytes that autograd keeps for the backward pass
 (counted by storage, parameters and buffers excluded) by stage, prompts, neck and head; peak memory;
-seconds of forward, backward and optimizer, the variants taking turns; bytes of optimizer state, and
-of gradients that processes would exchange.
+seconds of forward, backward and optimizer and of inference, the variants taking turns; bytes of
+optimizer state, and of gradients that processes would exchange.
 """
 from __future__ import annotations
 
@@ -161,10 +161,12 @@ class Variant:
             images = model.data_preprocessor(copy.deepcopy(batch), True)['inputs']
             self.model = Backbone(model.backbone)
             self._loss: Callable = lambda: self.model(images)
+            self._infer: Callable = lambda: self.model.backbone(images)
         else:
             self.model = model
             self._batch = batch
             self._loss = self._model_loss
+            self._infer = lambda: self.model(**self._data(), mode='tensor')
         self.model.to(self.device).train()
         # A baseline whose backbone is all there is has nothing to train.
         self.trains = any(p.requires_grad for p in self.model.parameters())
@@ -176,10 +178,13 @@ class Variant:
         # The same regions for every variant.
         torch.manual_seed(0)
         np.random.seed(0)
-        data = self.model.data_preprocessor(copy.deepcopy(self._batch), True)
+        data = self._data()
         with torch.autocast(self.device.type, self.amp, enabled=False):
             losses = self.model(**data, mode='loss')
             return self.model.parse_losses(losses)[0]
+
+    def _data(self) -> dict:
+        return self.model.data_preprocessor(copy.deepcopy(self._batch), self.model.training)
 
     def loss(self) -> torch.Tensor:
         """The loss, in its graph."""
@@ -199,6 +204,18 @@ class Variant:
             self.optimizer.zero_grad()
         times.append(self._now())
         return tuple(b - a for a, b in zip(times, times[1:]))
+
+    def infer(self) -> float:
+        """Seconds of one forward pass in eval mode, without a graph and what follows the network's
+        outputs."""
+        self.model.eval()
+        with torch.no_grad(), torch.autocast(self.device.type, self.amp,
+                                             enabled=self.amp is not None):
+            start = self._now()
+            self._infer()
+            seconds = self._now() - start
+        self.model.train()
+        return seconds
 
     def _now(self) -> float:
         if self.device.type == 'cuda':
@@ -273,6 +290,25 @@ def peak_memory(variant: Variant) -> int | None:
     return max(0, _resident('VmHWM') - before)
 
 
+def peak_allocated(variant: Variant) -> int | None:
+    """Most bytes that one step allocates at a time through PyTorch, beside what is there before it.
+
+    On a CPU an exact count, by PyTorch's profiler; None where that does not tell.
+    """
+    if variant.device.type == 'cuda':
+        return peak_memory(variant)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profiler:
+        variant.step()
+    try:
+        events = profiler.profiler.kineto_results.events()  # the one place with every allocation
+        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())
+                   if e.name() == '[memory]']
+    except AttributeError:
+        return None
+    return int(np.cumsum(changes).max(initial=0))
+
+
 def _resident(field: str) -> int:
     for line in Path('/proc/self/status').read_text().splitlines():
         if line.startswith(f'{field}:'):
@@ -316,21 +352,27 @@ def measure(config: str, args: argparse.Namespace) -> dict:
         state = variant.optimizer.state.values() if variant.trains else ()
         found[variant.name] = dict(
             kept=kept, kept_total=sum(kept.values()), peak=peak_memory(variant),
+            allocated=peak_allocated(variant),
             trainable=sum(p.numel() for p in variant.model.parameters() if p.requires_grad),
             optimizer_state=sum(t.nbytes for s in state for t in s.values()
                                 if isinstance(t, torch.Tensor)),
             gradients=sum(p.nbytes for p in variant.model.parameters() if p.requires_grad))
     times = {variant.name: [] for variant in variants}
+    inference = {variant.name: [] for variant in variants}
     for _ in range(args.steps):
         for variant in variants:  # in turn: the machine's moods meet all alike
             times[variant.name].append(variant.step())
+        for variant in variants:
+            inference[variant.name].append(variant.infer())
     for name, steps in times.items():
         if steps:
             totals = [sum(step) for step in steps]
             found[name].update(
                 {key: statistics.median(column) for key, column in zip(
                     ('forward', 'backward', 'optimizer'), zip(*steps))},
-                step=statistics.median(totals), fastest=min(totals), slowest=max(totals))
+                step=statistics.median(totals), fastest=min(totals), slowest=max(totals),
+                inference=statistics.median(inference[name]),
+                inference_fastest=min(inference[name]), inference_slowest=max(inference[name]))
     return dict(config=config, variants=found)
 
 
@@ -340,15 +382,16 @@ def measure(config: str, args: argparse.Namespace) -> dict:
 def table(result: dict) -> str:
     """The figures of one config as text, a line a variant."""
     found = result['variants']
-    rows = [('', 'kept MiB', 'peak MiB', 'step s', 'min-max', 'fwd', 'bwd', 'opt', 'state MiB',
-             'reduce MiB')]
+    rows = [('', 'kept MiB', 'alloc MiB', 'peak MiB', 'step s', 'min-max', 'fwd', 'bwd', 'opt',
+             'infer s', 'state MiB', 'reduce MiB')]
     for name, f in found.items():
         timed = 'step' in f
         rows.append((
-            TITLES[name], _mib(f['kept_total']), _mib(f['peak']),
+            TITLES[name], _mib(f['kept_total']), _mib(f['allocated']), _mib(f['peak']),
             f'{f["step"]:.3f}' if timed else '-',
             f'{f["fastest"]:.2f}-{f["slowest"]:.2f}' if timed else '-',
-            *(f'{f[key]:.3f}' if timed else '-' for key in ('forward', 'backward', 'optimizer')),
+            *(f'{f[key]:.3f}' if timed else '-'
+              for key in ('forward', 'backward', 'optimizer', 'inference')),
             _mib(f['optimizer_state']), _mib(f['gradients'])))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [result['config']]
@@ -356,14 +399,16 @@ def table(result: dict) -> str:
         lines.append('  '.join(c.ljust(w) if i == 0 else c.rjust(w)
                                for i, (c, w) in enumerate(zip(row, widths))))
     if 'lean' in found:
+        lean = found['lean']
         for other in ('full', 'naive', 'frozen'):
-            if other in found and found[other]['kept_total']:
-                ratio = found['lean']['kept_total'] / found[other]['kept_total']
-                line = f'lean keeps {ratio:.3f} of {TITLES[other]}'
-                if 'step' in found[other]:
-                    seconds = found['lean']['step'] / found[other]['step']
-                    line += f', takes {seconds:.2f} of its time'
-                lines.append(line)
+            if other not in found:
+                continue
+            f = found[other]
+            ratios = [(key, lean[key] / f[key]) for key in (
+                'kept_total', 'allocated', 'step', 'inference') if lean.get(key) and f.get(key)]
+            lines.append(f'lean of {TITLES[other]}: ' + ', '.join(
+                f'{dict(kept_total="kept", allocated="alloc").get(key, key)} {ratio:.3f}'
+                for key, ratio in ratios))
     return '\n'.join(lines)
 
 

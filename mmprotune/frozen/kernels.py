@@ -1,0 +1,77 @@
+"""Faster ways to the same results on a CPU, for layers that build no graph."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .origin import is_autocast, is_recorded
+
+
+def suits_pointwise(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`pointwise` computes the product of this map and weight.
+
+    Args:
+        x (Tensor): Map of shape (N, C, H, W).
+        weight (Tensor): Weight of a 1x1 convolution with stride 1, without padding and groups.
+    """
+    return (x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and x.dim() == 4
+            and x.is_contiguous() and x.numel() > 0 and torch.backends.mkldnn.is_available()
+            and not is_recorded() and not is_autocast('cpu'))
+
+
+def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution by oneDNN. PyTorch takes it on several threads only; on one it multiplies
+    matrices, which takes up to twice as long.
+
+    Args:
+        x (Tensor): Map of shape (N, C, H, W); see :func:`suits_pointwise`.
+        matrix (Tensor): Weight of shape (D, C).
+        bias (Tensor, optional): Of shape (D, ). Defaults to None.
+
+    Returns:
+        Tensor: Map of shape (N, D, H, W).
+    """
+    weight = matrix.contiguous()[..., None, None]
+    return torch.mkldnn_convolution(x, weight, bias, [0, 0], [1, 1], [1, 1], 1)
+
+
+def suits_separate_pool(x: Tensor, kernel, stride, padding, dilation, ceil_mode: bool) -> bool:
+    """Whether :func:`separate_max_pool2d` computes this max pooling."""
+    return (x.device.type == 'cpu' and x.is_floating_point() and x.dim() in (3, 4)
+            and x.numel() > 0 and not ceil_mode and dilation == (1, 1) and min(stride) > 0
+            and all(0 <= 2 * p < k <= n + 2 * p for k, p, n in zip(kernel, padding, x.shape[-2:]))
+            and not is_recorded())
+
+
+def separate_max_pool2d(x: Tensor, kernel, stride, padding) -> Tensor:
+    """Max pooling along one dimension after the other, by whole rows: the same numbers as PyTorch's
+    kernel, which goes window by window and notes where each maximum is.
+
+    Args:
+        x (Tensor): Input of shape (N, C, H, W) or (C, H, W); see :func:`suits_separate_pool`.
+        kernel, stride, padding (tuple[int, int]): Of rows and columns.
+    """
+    for dim in (-1, -2):
+        x = _max_along(x, dim, kernel[dim], stride[dim], padding[dim])
+    return x
+
+
+def _max_along(x: Tensor, dim: int, kernel: int, stride: int, padding: int) -> Tensor:
+    length = x.size(dim)
+    count = (length + 2 * padding - kernel) // stride + 1
+    # The place that starts on the first element has one in every window.
+    result = None
+    for place in sorted(range(kernel), key=lambda place: place != padding):
+        first = max(0, -(-(padding - place) // stride))
+        last = min(count - 1, (length - 1 + padding - place) // stride)
+        if last < first:  # beyond the edge in every window
+            continue
+        start = first * stride + place - padding
+        part = x.narrow(dim, start, (last - first) * stride + 1)
+        part = part[(..., slice(None, None, stride), *[slice(None)] * (-1 - dim))]
+        if result is None:
+            result = part.clone()
+        else:
+            target = result.narrow(dim, first, last - first + 1)
+            torch.maximum(target, part, out=target)
+    return result
