@@ -38,6 +38,7 @@ from .origin import (
                      builds_graph,
                      cast,
                      check_frozen,
+                     is_recorded,
                      without_autocast,
 )
 from .pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
@@ -269,20 +270,34 @@ def convolution(x: Tensor,
 class _Linear(Function):
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, fast):
         ctx.save_for_backward(weight)
         ctx.dtype = x.dtype
-        return F.linear(x, cast(weight, x), cast(bias, x))
+        return _linear(x, weight, bias, fast)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         weight, = ctx.saved_tensors
         with without_autocast(grad):
-            return (grad @ weight.to(grad.dtype)).to(ctx.dtype), None, None
+            return _linear_gradient(grad, weight).to(ctx.dtype), None, None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, owner: object = None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, fast: bool) -> Tensor:
+    # PyTorch multiplies a strided batch by a frozen weight matrix by matrix, which takes longer
+    # than a copy and one product.
+    return F.linear(x.contiguous() if fast else x, cast(weight, x), cast(bias, x))
+
+
+def _linear_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    return grad.contiguous() @ weight.to(grad.dtype)
+
+
+def linear(x: Tensor,
+           weight: Tensor,
+           bias: Tensor | None = None,
+           owner: object = None,
+           fast: bool = False) -> Tensor:
     r"""``F.linear`` with a frozen weight.
 
     Keeps nothing; under autocast, too (PyTorch keeps a low-precision copy of the weight).
@@ -292,15 +307,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, owner: object 
         weight (Tensor): Weight of shape (out features, in features).
         bias (Tensor, optional): Bias of shape (out features, ). Defaults to None.
         owner (object): See :func:`convolution`. Defaults to None.
+        fast (bool): Whether the output may differ from PyTorch's by rounding. Defaults to False.
     """
     check_frozen(weight, bias)
+    fast = fast and not is_recorded()
     if not builds_graph(x):
-        return F.linear(x, cast(weight, x), cast(bias, x))
-    y = _Linear.apply(x, weight, bias)
+        return _linear(x, weight, bias, fast)
+    y = _Linear.apply(x, weight, bias, fast)
     if owner is not None:
         Producer(
-            x, y, lambda x: F.linear(x, cast(weight, x), cast(bias, x)),
-            lambda grad: grad @ weight.to(grad.dtype),
+            x, y, lambda x: _linear(x, weight, bias, fast),
+            lambda grad: _linear_gradient(grad, weight),
             flops=y.numel() * weight.size(1),
             owner=owner)
     return y

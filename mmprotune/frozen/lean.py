@@ -25,8 +25,9 @@ class LeanOptions:
 
     Attributes:
         fold (bool): Whether outputs may move by rounding: a frozen BatchNorm becomes part of the
-            convolution before it, where it alone reads the convolution's output, and on a CPU 1x1
-            convolutions take the kernel that suits their size. Defaults to True.
+            convolution before it, where it alone reads the convolution's output; on one thread of
+            a CPU 1x1 convolutions go to oneDNN, and strided inputs of linear layers are copied to
+            be one matrix. Defaults to True.
         recompute (float): Work that the backward pass may do twice, as a share of the frozen
             network's multiplications in a training step. It goes where a multiplication saves most
             bytes: hidden layers of MLPs, queries, keys and values. 0 means nothing, True anything.
@@ -281,7 +282,7 @@ def _swap(module: nn.Module, options: LeanOptions, report: LeanReport) -> None:
             continue
         report.covered[path] = type(child).__name__
         child.__class__ = cls
-        child.__dict__['lean_owner'] = path
+        child.__dict__.update(lean_owner=path, lean_fast=options.fold)
         if of_attention and hasattr(cls, 'lean_sdpa'):
             child.__dict__['lean_sdpa'] = options.attention == 'sdpa'
             child.__dict__['lean_drops_weights'] = (

@@ -29,11 +29,13 @@ class Twin:
         lean_owner (str): The module's dotted name.
         lean_marks (bool): Whether an activation after it may compute it again.
         lean_pair (Pair, optional): The convolution and norm that are computed as one.
+        lean_fast (bool): Whether outputs may differ from the stock module's by rounding.
     """
     stock_class: type
     lean_owner = ''
     lean_marks = False
     lean_pair: Pair | None = None
+    lean_fast = False
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
@@ -139,7 +141,7 @@ class _Linear(Twin):
         return _has_weight(module)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lean.linear(x, self.weight, self.bias, owner=self._owner())
+        return lean.linear(x, self.weight, self.bias, self._owner(), self.lean_fast)
 
 
 class _BatchNorm(Twin):
@@ -323,17 +325,18 @@ class _MultiheadAttention(Twin):
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         scale = math.sqrt(1.0 / (self.embed_dim // self.num_heads))
         if same:
-            qkv = lean.linear(query, self.in_proj_weight, self.in_proj_bias, owner=self._owner())
+            qkv = lean.linear(query, self.in_proj_weight, self.in_proj_bias, self._owner(),
+                              self.lean_fast)
             mixed = self._attend(lean.packed_attention, qkv.transpose(0, 1), scale)
         else:
             # In parts, as the stock layer does it, so that every bit is the same.
             weights = self.in_proj_weight.chunk(3)
             biases = (None, ) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-            projected = [lean.linear(t, w, b).transpose(0, 1)
+            projected = [lean.linear(t, w, b, fast=self.lean_fast).transpose(0, 1)
                          for t, w, b in zip((query, key, value), weights, biases)]
             mixed = self._attend(lean.attention, *projected, scale)
         mixed = mixed.transpose(0, 1)
-        out = lean.linear(mixed, self.out_proj.weight, self.out_proj.bias)
+        out = lean.linear(mixed, self.out_proj.weight, self.out_proj.bias, fast=self.lean_fast)
         return out.transpose(0, 1) if self.batch_first else out, None
 
     def _attend(self, function, *args) -> Tensor:
@@ -396,7 +399,6 @@ class _PromptBlock(Twin):
     convolution, and computes what follows again; or keeps its input only. This one trains: its
     parameters get their gradients."""
     lean_prompts = 'bottleneck'
-    lean_fast = False
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
