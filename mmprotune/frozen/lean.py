@@ -31,7 +31,7 @@ class LeanOptions:
         recompute (float): Work that the backward pass may do twice, as a share of the frozen
             network's multiplications in a training step. It goes where a multiplication saves most
             bytes: hidden layers of MLPs, queries, keys and values. 0 means nothing, True anything.
-            Defaults to 0.1.
+            Defaults to 0.08.
         attention (str | bool): 'exact' keeps queries, keys and values, and repeats the host's own
             operations; 'sdpa' uses ``F.scaled_dot_product_attention`` where there is no bias,
             which moves outputs by rounding; False leaves attention as it is. Defaults to 'exact'.
@@ -41,7 +41,7 @@ class LeanOptions:
             feature without it; False everything. Defaults to 'output'.
     """
     fold: bool = True
-    recompute: float = 0.1
+    recompute: float = 0.08
     attention: str | bool = 'exact'
     prompts: str | bool = 'output'
 
@@ -216,13 +216,14 @@ def restore(module: nn.Module) -> None:
 
 
 def unfold(module: nn.Module) -> None:
-    """Runs every folded norm by itself again, in place; outputs are bitwise the stock network's.
+    """Undoes ``fold``, in place: each norm runs by itself, outputs are bitwise the stock ones.
 
     Args:
         module (nn.Module): The network.
     """
     for child in module.modules():
-        child.__dict__.pop('lean_pair', None)
+        for name in ('lean_pair', 'lean_fast'):
+            child.__dict__.pop(name, None)
 
 
 def store_weights(module: nn.Module,

@@ -45,7 +45,7 @@ def test_figures(measured):
     assert frozen == 0 and 0 < lean < 0.1 * naive and lean < 0.1 * full
     assert 'prompts' not in found['frozen']['kept'] and found['lean']['kept']['prompts'] > 0
     assert found['lean']['kept_total'] < found['naive']['kept_total']
-    assert found['lean']['allocated'] < found['naive']['allocated']
+    assert found['lean']['allocated'] <= found['naive']['allocated']
     assert found['lean']['gradients'] == found['naive']['gradients'] < found['full']['gradients']
     assert (measured / 'out.png').read_bytes().startswith(b'\x89PNG')
 
