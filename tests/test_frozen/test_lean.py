@@ -9,9 +9,10 @@ import torch
 from mmengine.model import ExponentialMovingAverage, revert_sync_batchnorm
 from torch import nn
 
+from mmprotune.frozen import functional
 from mmprotune.frozen.dry_run import tensors_in
 from mmprotune.frozen.kept import KeptBytes
-from mmprotune.frozen.lean import make_lean, restore
+from mmprotune.frozen.lean import make_lean, restore, unfold
 from mmprotune.frozen.origin import FrozenLayerError
 from mmprotune.frozen.twins import Twin
 from tests.conftest import RESNET18, build, wake
@@ -153,6 +154,33 @@ def test_folded_norms_move_outputs_by_rounding_only(name):
     model.eval(), naive.eval()
     with torch.no_grad():
         assert distance(outputs_of(model, x), outputs_of(naive, x)) < 1e-5
+
+
+@pytest.mark.parametrize('name', ['resnet', 'vit', 'swin'])
+def test_unfolded_outputs_are_bitwise_the_stock_ones(name):
+    model = prompted(SMALL[name])
+    naive = ordinary(model)
+    x = images(2, 3, 96, 64)
+    assert distance(outputs_of(model, x), outputs_of(naive, x)) < 1e-5
+    unfold(model)
+    for mode in (True, False):
+        model.train(mode), naive.train(mode)
+        with torch.set_grad_enabled(mode):
+            assert all(torch.equal(a, b) for a, b in zip(outputs_of(model, x),
+                                                         outputs_of(naive, x), strict=True))
+
+
+def test_a_strided_batch_is_one_product():
+    """Where outputs may differ by rounding; the gradient always."""
+    batch = images(6, 5, 4).transpose(0, 1)
+    weight, bias = images(7, 4, seed=4), images(7, seed=5)
+    for fast in (False, True):
+        x = batch.clone().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+        assert not x.is_contiguous()
+        y = functional.linear(x, weight, bias, fast=fast)
+        torch.testing.assert_close(y, torch.nn.functional.linear(batch, weight, bias))
+        y.backward(torch.ones(5, 6, 7).transpose(0, 1).contiguous().transpose(0, 1))
+        torch.testing.assert_close(x.grad, weight.sum(0).expand(5, 6, 4))
 
 
 def kept_by(model, x):
