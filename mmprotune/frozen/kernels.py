@@ -7,6 +7,12 @@ from torch import Tensor
 from .origin import is_autocast, is_recorded
 
 
+def _is_watched() -> bool:
+    """Whether somebody looks at the operators: a tracer, or a mode such as PyTorch's counter of
+    operations, which does not know oneDNN's."""
+    return is_recorded() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def suits_pointwise(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`pointwise` computes the product of this map and weight.
 
@@ -14,9 +20,9 @@ def suits_pointwise(x: Tensor, weight: Tensor) -> bool:
         x (Tensor): Map of shape (N, C, H, W).
         weight (Tensor): Weight of a 1x1 convolution with stride 1, without padding and groups.
     """
-    return (x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and x.dim() == 4
-            and x.is_contiguous() and x.numel() > 0 and torch.backends.mkldnn.is_available()
-            and not is_recorded() and not is_autocast('cpu'))
+    return (not _is_watched() and x.device.type == 'cpu' and x.dim() == 4
+            and x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and x.numel() > 0
+            and torch.backends.mkldnn.is_available() and not is_autocast('cpu'))
 
 
 def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,10 +43,10 @@ def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def suits_separate_pool(x: Tensor, kernel, stride, padding, dilation, ceil_mode: bool) -> bool:
     """Whether :func:`separate_max_pool2d` computes this max pooling."""
-    return (x.device.type == 'cpu' and x.is_floating_point() and x.dim() in (3, 4)
+    return (not _is_watched() and x.device.type == 'cpu' and x.is_floating_point()
+            and x.dim() in (3, 4)
             and x.numel() > 0 and not ceil_mode and dilation == (1, 1) and min(stride) > 0
-            and all(0 <= 2 * p < k <= n + 2 * p for k, p, n in zip(kernel, padding, x.shape[-2:]))
-            and not is_recorded())
+            and all(0 <= 2 * p < k <= n + 2 * p for k, p, n in zip(kernel, padding, x.shape[-2:])))
 
 
 def separate_max_pool2d(x: Tensor, kernel, stride, padding) -> Tensor:

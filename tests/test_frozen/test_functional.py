@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmprotune.frozen import activations
 from mmprotune.frozen import functional as lean
@@ -483,5 +484,6 @@ def test_pointwise(shape):
     torch.testing.assert_close(gradient, F.conv_transpose2d(expected, matrix[..., None, None]))
     assert not suits_pointwise(x.double(), matrix.double()[..., None, None])
     assert not suits_pointwise(x[:0], matrix[..., None, None])
-    with torch.autocast('cpu', torch.bfloat16):
-        assert not suits_pointwise(x, matrix[..., None, None])
+    for other in (torch.autocast('cpu', torch.bfloat16), FlopCounterMode(display=False)):
+        with other:
+            assert not suits_pointwise(x, matrix[..., None, None])

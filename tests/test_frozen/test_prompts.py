@@ -108,7 +108,7 @@ def test_what_reads_the_feature_keeps_it_too():
 
 def test_hooks_see_the_prompt():
     """As on an ordinary block; and what the norms note is the same."""
-    model = prompted()
+    model = prompted(lean=dict(fold=False))
     block = model.prompts[model.stages[0].name]
     with model.record_norms() as norms:
         expected = model(images())
