@@ -16,9 +16,7 @@ shift 2
 
 tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ ${NNODES:-1} == 1 ]]; then
-    # Port 0 is any free one, so that two jobs on one machine do not meet. Without the variable, the
-    # processes that --max-restarts starts read the addresses of the dead ones, and may wait for them.
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    # Port 0 is any free one, so that two jobs on one machine do not meet.
     meeting=(--rdzv_backend=c10d --rdzv_endpoint="127.0.0.1:${PORT:-0}" --local_addr=127.0.0.1)
 else
     meeting=(--node_rank="${NODE_RANK:-0}" --master_addr="${MASTER_ADDR:-127.0.0.1}"

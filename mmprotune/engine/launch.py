@@ -26,6 +26,8 @@ from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import MODEL_WRAPPERS as ROOT_MODEL_WRAPPERS
 from mmengine.registry import RUNNERS, Registry
 from mmengine.runner import Runner
+from torch.distributed import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 # mmcv's names of the layer that synchronises batch statistics between processes.
 SYNC_BN_TYPES = ('SyncBN', 'MMSyncBN')
@@ -288,8 +290,9 @@ def prepare_processes(cfg: Config) -> list[str]:
         # The config was written by a run on CPU processes; this one may have GPUs.
         wrapper = {}
         cfg.model_wrapper_cfg = None
+    if not alone and (on_cpu or _attempt() > 0):
+        _init_group(cfg, 'gloo' if on_cpu else None)
     if not alone and on_cpu:
-        _init_gloo(cfg)
         if wrapper.get('type', 'MMDistributedDataParallel') == 'MMDistributedDataParallel':
             wrapper['type'] = CPU_WRAPPER
             wrapper.setdefault('broadcast_buffers', False)
@@ -332,8 +335,19 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
         super().__init__(module=revert_sync_batchnorm(module), **kwargs)
 
 
-def _init_gloo(cfg: Config) -> None:
-    """Initialises the gloo group from the launcher's environment variables."""
+def _attempt() -> int:
+    """How often torchrun has restarted the processes of this machine, where it is the only one."""
+    one_machine = os.environ.get('GROUP_WORLD_SIZE') == '1'
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0) if one_machine else 0
+
+
+def _init_group(cfg: Config, backend: str | None) -> None:
+    """Initialises the process group from the launcher's environment variables.
+
+    Args:
+        cfg (Config): The config.
+        backend (str, optional): None means the config's, for GPUs.
+    """
     if is_distributed():
         return
     dist_cfg = (cfg.get('env_cfg') or {}).get('dist_cfg') or {}
@@ -363,7 +377,15 @@ def _init_gloo(cfg: Config) -> None:
     kwargs = {}
     if dist_cfg.get('timeout') is not None:
         kwargs['timeout'] = datetime.timedelta(seconds=dist_cfg['timeout'])
-    torch_dist.init_process_group('gloo', **kwargs)
+    if backend is None:
+        backend = dist_cfg.get('backend', 'nccl')
+        torch.cuda.set_device(int(env['LOCAL_RANK']) % torch.cuda.device_count())
+    if _attempt() > 0:
+        # torchrun's store lives on, with the addresses of the processes that died. Each attempt
+        # needs keys of its own, or it may wait for them for ever.
+        store, kwargs['rank'], kwargs['world_size'] = next(rendezvous('env://'))
+        kwargs['store'] = PrefixStore(f'attempt_{_attempt()}', store)
+    torch_dist.init_process_group(backend, **kwargs)
 
 
 def _set_dataloader_defaults(cfg: Config) -> None:
