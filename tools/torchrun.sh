@@ -1,15 +1,7 @@
 #!/usr/bin/env bash
-# What dist_train.sh and dist_test.sh share: starts one of the tools through torchrun.
+# What dist_train.sh and dist_test.sh share: starts a tool, with its arguments, through torchrun.
 set -euo pipefail
 
-usage() {
-    cat >&2 <<TEXT
-usage: [NNODES=1] [NODE_RANK=0] [MASTER_ADDR=127.0.0.1] [PORT=…] $0 TOOL GPUS [arguments of the tool]
-TEXT
-    exit 2
-}
-
-[[ $# -ge 2 && $2 =~ ^[1-9][0-9]*$ ]] || usage
 tool=$1
 gpus=$2
 shift 2

@@ -27,7 +27,7 @@ def suits_pointwise(x: Tensor, weight: Tensor) -> bool:
 
 def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 1x1 convolution by oneDNN. PyTorch takes it on several threads only; on one it multiplies
-    matrices, which takes up to twice as long.
+    matrices, which is slower.
 
     Args:
         x (Tensor): Map of shape (N, C, H, W); see :func:`suits_pointwise`.

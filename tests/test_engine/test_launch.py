@@ -291,6 +291,29 @@ def test_environment_of_launchers(on_cpu, monkeypatch, launcher, prefix, names):
     assert os.environ['MASTER_PORT'] == '1234'
 
 
+@pytest.mark.parametrize(('agents', 'restarts', 'key'), [
+    ('1', '0', None), ('1', '2', 'attempt_2/key'), ('2', '2', None)])
+def test_each_attempt_has_keys_of_its_own(on_cpu, monkeypatch, agents, restarts, key):
+    """torchrun on one machine hands every attempt the same store."""
+    for name, value in dict(RANK='1', WORLD_SIZE='4', LOCAL_RANK='1', MASTER_ADDR='127.0.0.1',
+                            MASTER_PORT='1234', GROUP_WORLD_SIZE=agents,
+                            TORCHELASTIC_RESTART_COUNT=restarts).items():
+        monkeypatch.setenv(name, value)
+    common, calls = distributed.HashStore(), []
+    monkeypatch.setattr(launch, 'rendezvous', lambda url: iter([(common, 1, 4)]))
+    monkeypatch.setattr(launch.torch_dist, 'init_process_group',
+                        lambda backend, **kwargs: calls.append((backend, kwargs)))
+    launch.prepare_processes(Config(dict(launcher='pytorch', model=dict(type='A'))))
+    (backend, kwargs), = calls
+    assert backend == 'gloo'
+    if key is None:
+        assert 'store' not in kwargs
+    else:
+        assert (kwargs['rank'], kwargs['world_size']) == (1, 4)
+        kwargs['store'].set('key', 'value')
+        assert common.get(key) == b'value'
+
+
 # --- building the Runner --------------------------------------------------------------------------
 
 
