@@ -105,7 +105,7 @@ class Convolution:
             bias = shift if bias is None else torch.addcmul(shift, bias, scale)
         if self.pad is not None:
             x = F.pad(x, self.pad, mode=self.pad_mode)
-        is_matrix = into_weight and self._is_matrix(x, weight, torch.contiguous_format)
+        is_matrix = into_weight and self._is_matrix(x, weight, _memory_format(x))
         if is_matrix and suits_pointwise(x, weight):
             return pointwise(x, weight.flatten(1), bias)
         # Where convolutions are products of matrices, PyTorch spreads the bias over the output
@@ -148,7 +148,8 @@ class Convolution:
             matrix = weight.flatten(1).t()
             if suits_pointwise(grad, weight):
                 return pointwise(grad, matrix)
-            if torch.get_num_threads() == 1:  # PyTorch would take a detour through patches
+            # PyTorch would take a detour through patches.
+            if torch.get_num_threads() == 1 and grad.is_contiguous():
                 return torch.matmul(matrix.to(grad.dtype), grad.flatten(2)).view(shape)
         # PyTorch's backward asks for the input, but reads no more of it than shape and layout.
         x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
@@ -183,7 +184,7 @@ class Convolution:
         """Whether this is one matrix for all pixels of a map on a CPU."""
         return (x.device.type == 'cpu' and self._is_pointwise(weight)
                 and math.prod(self.stride) == 1 and self.groups == 1 and x.numel() > 0
-                and memory_format == torch.contiguous_format and x.is_contiguous())
+                and x.is_contiguous(memory_format=memory_format))
 
     def _into_weight(self, shape: Sequence[int], weight: Tensor) -> bool:
         """Whether scaling the weight takes fewer multiplications than scaling the output."""

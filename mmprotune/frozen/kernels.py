@@ -1,8 +1,10 @@
 """Faster ways to the same results on a CPU, for layers that build no graph."""
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .origin import is_autocast, is_recorded
 
@@ -21,7 +23,8 @@ def suits_pointwise(x: Tensor, weight: Tensor) -> bool:
         weight (Tensor): Weight of a 1x1 convolution with stride 1, without padding and groups.
     """
     return (not _is_watched() and x.device.type == 'cpu' and x.dim() == 4
-            and x.dtype == weight.dtype == torch.float32 and x.is_contiguous() and x.numel() > 0
+            and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+            and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
             and torch.backends.mkldnn.is_available() and not is_autocast('cpu'))
 
 
@@ -35,10 +38,50 @@ def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
         bias (Tensor, optional): Of shape (D, ). Defaults to None.
 
     Returns:
-        Tensor: Map of shape (N, D, H, W).
+        Tensor: Map of shape (N, D, H, W), in the memory format of ``x``.
     """
     weight = matrix.contiguous()[..., None, None]
     return torch.mkldnn_convolution(x, weight, bias, [0, 0], [1, 1], [1, 1], 1)
+
+
+# --- the memory format of a whole network -----------------------------------------------------
+
+
+def run_channels_last(network: nn.Module, x: Tensor, *args, **kwargs):
+    """Runs a network with its maps channels-last, as oneDNN likes them, where nothing needs a graph
+    and the network is known to give the same results (``lean_channels_last``).
+
+    In a graph it would not pay: what reads the outputs would keep copies of them.
+
+    Args:
+        network (nn.Module): The network.
+        x (Tensor): Images of shape (N, C, H, W).
+        *args, **kwargs: Handed on to the network.
+
+    Returns:
+        What the network returns; maps are contiguous if the images are.
+    """
+    suits = (getattr(network, 'lean_channels_last', False) and not _is_watched()
+             and x.device.type == 'cpu' and x.dim() == 4 and x.dtype == torch.float32
+             and x.is_contiguous() and x.numel() > 0
+             and torch.backends.mkldnn.is_available() and not is_autocast('cpu'))
+    if not suits:
+        return network(x, *args, **kwargs)
+    return _contiguous(network(x.contiguous(memory_format=torch.channels_last), *args, **kwargs))
+
+
+def _contiguous(output):
+    if isinstance(output, Tensor):
+        return output.contiguous() if output.dim() == 4 else output
+    if isinstance(output, Mapping):
+        return type(output)((key, _contiguous(value)) for key, value in output.items())
+    if isinstance(output, (tuple, list)):
+        items = [_contiguous(item) for item in output]
+        return type(output)(*items) if hasattr(output, '_fields') else type(output)(items)
+    return output
+
+
+# --- max pooling ------------------------------------------------------------------------------
 
 
 def suits_separate_pool(x: Tensor, kernel, stride, padding, dilation, ceil_mode: bool) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import twins
-from .planning import DryRun, find_pairs, fold, kept_bytes, plan
+from .planning import DryRun, find_pairs, fold, gains_from_channels_last, kept_bytes, plan
 
 # What frozen weights can be stored in.
 STORAGE_DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)
@@ -26,8 +26,9 @@ class LeanOptions:
     Attributes:
         fold (bool): Whether outputs may move by rounding: a frozen BatchNorm becomes part of the
             convolution before it, where it alone reads the convolution's output; on one thread of
-            a CPU 1x1 convolutions go to oneDNN, and strided inputs of linear layers are copied to
-            be one matrix. Defaults to True.
+            a CPU 1x1 convolutions go to oneDNN, strided inputs of linear layers are copied to be
+            one matrix, and networks of convolutions run channels-last where there is no graph to
+            build. Defaults to True.
         recompute (float): Work that the backward pass may do twice, as a share of the frozen
             network's multiplications in a training step. It goes where a multiplication saves most
             bytes: hidden layers of MLPs, queries, keys and values. 0 means nothing, True anything.
@@ -101,6 +102,7 @@ class LeanReport:
         ordinary (dict[str, int]): Bytes kept by each module that is not lean, at the size of the
             dry run.
         kept (int): Bytes kept by the whole network in the dry run.
+        channels_last (bool): Whether the network, without a graph, runs channels-last on a CPU.
         remarks (list[str]): What did not go as it should.
     """
     covered: dict[str, str] = field(default_factory=dict)
@@ -108,11 +110,14 @@ class LeanReport:
     recomputed: list[str] = field(default_factory=list)
     ordinary: dict[str, int] = field(default_factory=dict)
     kept: int = 0
+    channels_last: bool = False
     remarks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         parts = [f'{len(self.covered)} layers are lean, {len(self.folded)} norms are folded, '
                  f'{len(self.recomputed)} layers are computed again in the backward pass']
+        if self.channels_last:
+            parts.append('inference on a CPU runs channels-last')
         if self.ordinary and self.kept:
             most = sorted(self.ordinary, key=self.ordinary.get, reverse=True)
             shares = [f'{name or "the network itself"} {self.ordinary[name] / self.kept:.0%}'
@@ -167,6 +172,7 @@ def make_lean(module: nn.Module,
     _fold(module, pairs, dry_run, report)
     if prompts is not None and options.prompts == 'output':
         _check_additions(prompts, dry_run, report)
+    report.channels_last = options.fold and gains_from_channels_last(module, dry_run)
     report.recomputed = plan(module, options.budget, dry_run)
     counted = kept_bytes(module, dry_run)
     report.kept = sum(counted.values())
@@ -209,6 +215,7 @@ def restore(module: nn.Module) -> None:
         module (nn.Module): The network.
     """
     for child in module.modules():
+        child.__dict__.pop('lean_channels_last', None)
         if isinstance(child, twins.Twin):
             child.__class__ = child.stock_class
             for name in [n for n in vars(child) if n.startswith('lean_')]:
@@ -222,7 +229,7 @@ def unfold(module: nn.Module) -> None:
         module (nn.Module): The network.
     """
     for child in module.modules():
-        for name in ('lean_pair', 'lean_fast'):
+        for name in ('lean_pair', 'lean_fast', 'lean_channels_last'):
             child.__dict__.pop(name, None)
 
 

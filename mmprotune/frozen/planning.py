@@ -13,8 +13,8 @@ from .origin import Producer
 
 # Work is compared at a usual size: on small images, padding distorts it.
 USUAL_SIZE = (224, 224)
-# How far folding norms into convolutions may move an output, relative to its largest value.
-FOLD_TOLERANCE = 1e-4
+# How far folding norms or another memory format may move an output, relative to its largest value.
+TOLERANCE = 1e-4
 
 
 class DryRun:
@@ -55,12 +55,29 @@ class DryRun:
         Returns:
             list[Tensor], optional: The outputs; None where the network does not run.
         """
-        with undisturbed(self.root), torch.inference_mode(False), torch.enable_grad():
+        return self._run(1, size, through or not self._trains)
+
+    def infer(self, size: tuple[int, int] | None = None) -> list[Tensor] | None:
+        """Runs the network once, on two images and without a graph.
+
+        Args:
+            size (tuple[int, int], optional): Of the images. Defaults to None: that of ``shape``.
+
+        Returns:
+            list[Tensor], optional: The outputs; None where the network does not run.
+        """
+        return self._run(2, size, None)
+
+    def _run(self, batch: int, size: tuple[int, int] | None,
+             through: bool | None) -> list[Tensor] | None:
+        """``through`` is None for no graph."""
+        # Leaving inference mode switches gradients on, so that they are set last.
+        with undisturbed(self.root), torch.inference_mode(False), torch.set_grad_enabled(
+                through is not None):
             shape = self.shape if size is None else (self.shape[0], *size)
-            images = noise(self.root, shape, batch=1).to(self._dtype)
+            images = noise(self.root, shape, batch).to(self._dtype)
             try:
-                return list(tensors_in(
-                    self.root(images.requires_grad_(through or not self._trains))))
+                return list(tensors_in(self.root(images.requires_grad_(bool(through)))))
             except Exception as error:  # whatever it is: not at this size
                 self.error = self.error or f'{type(error).__name__}: {error}'
         return None
@@ -145,20 +162,65 @@ def fold(pairs: list[twins.Pair], dry_run: DryRun) -> float | None:
     expected = [t.detach().clone() for t in dry_run() or []]
     for pair in pairs:
         pair.conv.__dict__['lean_pair'] = pair.norm.__dict__['lean_pair'] = pair
-    outputs = dry_run()
-    error = float('inf') if outputs is None else max(
-        (_difference(a.detach(), b) for a, b in zip(outputs, expected)), default=0.)
-    if error <= FOLD_TOLERANCE:
+    error = _distance(dry_run(), expected)
+    if error <= TOLERANCE:
         return None
     for pair in pairs:
         del pair.conv.__dict__['lean_pair'], pair.norm.__dict__['lean_pair']
     return error
 
 
+def _distance(found: list[Tensor] | None, expected: list[Tensor] | None) -> float:
+    """How far the outputs of a network have moved; infinite where it did not run."""
+    if found is None or expected is None or len(found) != len(expected):
+        return float('inf')
+    return max((_difference(a.detach(), b) for a, b in zip(found, expected)), default=0.)
+
+
 def _difference(found: Tensor, expected: Tensor) -> float:
     if not expected.is_floating_point() or not expected.numel():
         return 0.
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+# --- memory format ----------------------------------------------------------------------------
+
+
+def gains_from_channels_last(module: nn.Module, dry_run: DryRun) -> bool:
+    """Whether a network does most of its work in convolutions of maps, and gives the same outputs
+    with channels-last maps. Leaves it set to run so, or not.
+
+    Args:
+        module (nn.Module): The lean network.
+        dry_run (DryRun): Runs it.
+    """
+    in_maps = total = 0
+
+    def note_work(layer, args, output) -> None:
+        nonlocal in_maps, total
+        flops = _flops(layer, args[0], output)
+        total += flops
+        in_maps += flops if isinstance(layer, nn.Conv2d) else 0
+
+    handles = [layer.register_forward_hook(note_work) for layer in module.modules()
+               if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear))]
+    try:
+        size = USUAL_SIZE
+        expected = dry_run.infer(size)
+        if expected is None:
+            size = None
+            expected = dry_run.infer()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if 2 * in_maps < total or expected is None:
+        return False
+    expected = [t.clone() for t in expected]
+    module.__dict__['lean_channels_last'] = True
+    if _distance(dry_run.infer(size), expected) <= TOLERANCE:
+        return True
+    del module.__dict__['lean_channels_last']
+    return False
 
 
 # --- what is computed again -------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from mmprotune.checkpoint import check_incoming
 from mmprotune.frozen import FillRecorder, fingerprint, freeze, frozen_tensors, keep_frozen_in_eval
 from mmprotune.frozen.freeze import OPTIONAL_BUFFERS
+from mmprotune.frozen.kernels import run_channels_last
 from mmprotune.frozen.lean import (
                      STORAGE_DTYPES,
                      LeanOptions,
@@ -278,7 +279,10 @@ class PromptedBackbone(BaseModule):
             What the wrapped backbone returns.
         """
         self._image = tuple(x.shape[-2:])
-        return self.backbone(x, *args, **kwargs)
+        if torch.is_grad_enabled() and (
+                x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            return self.backbone(x, *args, **kwargs)
+        return run_channels_last(self.backbone, x, *args, **kwargs)
 
     def apply_prompt(self, stage: Stage, x: Tensor, args: tuple = (), kwargs: dict | None = None):
         """Adds the prompt to one stage's feature (or replaces it, for a serial last stage).

@@ -480,6 +480,10 @@ def test_pointwise(shape):
     for b in (None, bias):
         expected = F.conv2d(x, matrix[..., None, None], b)
         torch.testing.assert_close(pointwise(x, matrix, b), expected)
+        channels_last = x.contiguous(memory_format=torch.channels_last)
+        y = pointwise(channels_last, matrix, b)
+        torch.testing.assert_close(y, expected)
+        assert y.is_contiguous() == channels_last.is_contiguous()
     gradient = pointwise(expected, matrix.t())
     torch.testing.assert_close(gradient, F.conv_transpose2d(expected, matrix[..., None, None]))
     assert not suits_pointwise(x.double(), matrix.double()[..., None, None])

@@ -3,15 +3,18 @@ import copy
 import io
 import logging
 import pickle
+from collections import namedtuple
 
 import pytest
 import torch
 from mmengine.model import ExponentialMovingAverage, revert_sync_batchnorm
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmprotune.frozen import functional
 from mmprotune.frozen.dry_run import tensors_in
 from mmprotune.frozen.kept import KeptBytes
+from mmprotune.frozen.kernels import run_channels_last
 from mmprotune.frozen.lean import make_lean, restore, unfold
 from mmprotune.frozen.origin import FrozenLayerError
 from mmprotune.frozen.twins import Twin
@@ -269,6 +272,129 @@ def test_layers_that_train_stay_ordinary():
     assert distance(gradients.values(), exact.values()) < 1e-3
 
 
+def formats_of(layer):
+    """Notes whether the maps that a layer reads are channels-last."""
+    seen = []
+    layer.register_forward_pre_hook(lambda m, args: seen.append(
+        args[0].is_contiguous(memory_format=torch.channels_last)))
+    return seen
+
+
+@pytest.mark.parametrize('name', ['resnet', 'regnet', 'hrnet', 'cspnext', 'mobilenet', 'timm'])
+def test_inference_runs_channels_last(name):
+    model = prompted(SMALL[name])
+    assert model.lean_report.channels_last and 'channels-last' in str(model.lean_report)
+    naive = ordinary(model)
+    convs = [m for m in model.backbone.modules()
+             if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    inside = formats_of(convs[-1])
+    for x in (images(2, 3, 96, 64), images(1, 3, 64, 96)):
+        with torch.no_grad():
+            found, expected = outputs_of(model, x), outputs_of(naive, x)
+        assert distance(found, expected) < 1e-5
+        assert all(f.is_contiguous() for f in found)
+        inside.pop()
+        outputs_of(model, x)  # in a graph
+    assert inside == [False, False]
+
+
+def test_when_maps_stay_as_they_are():
+    model = prompted().eval()
+    inside = formats_of(model.backbone.layer2[0].conv2)
+    x = images(2, 3, 64, 64)
+    with torch.inference_mode():
+        model(x)
+    assert inside.pop() and model.lean_report.channels_last
+    with torch.no_grad():
+        # Who comes with channels-last images gets channels-last features.
+        features = model(x.contiguous(memory_format=torch.channels_last))
+        assert inside.pop()
+        assert all(f.is_contiguous(memory_format=torch.channels_last) for f in features)
+        with torch.autocast('cpu', torch.bfloat16):
+            model(x)
+        with FlopCounterMode(display=False):
+            model(x)
+        torch.jit.trace(model, x, check_trace=False, strict=False)
+        model(x[:0]), copy.deepcopy(model).double()(x.double())
+    assert inside and not any(inside)
+    for other in (prompted(lean=dict(fold=False)), prompted(lean=False), prompted(SMALL['swin']),
+                  prompted(SMALL['vit']), prompted(SMALL['convnext'])):
+        assert not other.lean_report.channels_last
+
+
+def test_head_only_training_runs_channels_last():
+    model = prompted(prompt=None)
+    inside = formats_of(model.backbone.layer2[0].conv2)
+    x = images(2, 3, 64, 64)
+    assert all(f.is_contiguous() for f in model(x)) and inside.pop()
+    model(x.clone().requires_grad_())
+    assert not inside.pop()
+
+
+class Views(nn.Module):
+    """Cannot run channels-last: its maps of several images do not lie one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.last = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = self.stem(x)
+        return self.last(y.view(-1, *y.shape[2:]).view(y.shape))
+
+
+class Reinterprets(Views):
+    """Runs channels-last, to another result."""
+
+    def forward(self, x):
+        y = self.stem(x)
+        return self.last(y * (2 if y.is_contiguous() else 1))
+
+
+@pytest.mark.parametrize('kind', [Views, Reinterprets])
+def test_a_network_that_needs_its_memory_format_keeps_it(kind):
+    net = kind().eval()
+    for p in net.parameters():
+        p.requires_grad_(False)
+    naive = copy.deepcopy(net)
+
+    class Root(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return run_channels_last(self.net, x)
+
+    root = Root()
+    x = images(2, 3, 16, 16)
+    assert not make_lean(net, root=root).channels_last
+    with torch.no_grad():
+        torch.testing.assert_close(root(x), naive(x))
+
+
+@pytest.mark.parametrize('pack', [
+    lambda a, b: (a, b), lambda a, b: [a, b], lambda a, b: dict(first=a, second=b),
+    namedtuple('Pair', 'first second'), lambda a, b: (a, None, [b, 3])])
+def test_outputs_of_any_kind_come_back_contiguous(pack):
+
+    class Net(nn.Module):
+
+        def forward(self, x):
+            return pack(x, x.mean((2, 3)))
+
+    net, x = Net(), images(2, 3, 8, 8)
+    net.lean_channels_last = True
+    with torch.no_grad():
+        found, expected = run_channels_last(net, x), net(x)
+    assert type(found) is type(expected)
+    for a, b in zip(tensors_in(found), tensors_in(expected), strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.is_contiguous()
+
+
 # --- what it composes with --------------------------------------------------------------------
 
 
@@ -392,6 +518,9 @@ def test_channels_last_is_kept():
     assert all(f.is_contiguous(memory_format=torch.channels_last) for f in features)
     naive = ordinary(model)
     assert distance(features, naive(x)) < 1e-5
+    (_, gradients), (_, exact) = step(model, x), step(naive, x)
+    assert distance(gradients.values(), exact.values()) < 1e-3  # masks of ReLU, as below
+    assert gradients['input'].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize('shape', [(1, 3, 63, 97), (1, 3, 33, 32), (3, 3, 64, 64)])

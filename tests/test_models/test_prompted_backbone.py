@@ -35,7 +35,8 @@ BACKBONES = [
 @pytest.mark.parametrize('cfg', BACKBONES, ids=lambda c: c['type'])
 @pytest.mark.parametrize('size', [(64, 64), (75, 110)])
 def test_identity_at_init_and_change_after(cfg, size):
-    model = build(dict(type='mmprotune.PromptedBackbone', backbone=cfg, freeze='all')).eval()
+    model = build(dict(type='mmprotune.PromptedBackbone', backbone=cfg, freeze='all',
+                       lean=dict(fold=False))).eval()
     x = torch.randn(2, 3, *size)
     with torch.no_grad():
         expected = plain(model)(x)
@@ -63,7 +64,7 @@ def test_last_stage_forms():
     for last_stage, prompts in (('residual', 4), ('serial', 4), ('none', 3)):
         model = build(
             dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, freeze='all',
-                 last_stage=last_stage)).eval()
+                 last_stage=last_stage, lean=dict(fold=False))).eval()
         assert len(model.prompts) == prompts
         x = torch.randn(1, 3, 64, 64)
         with torch.no_grad():

@@ -149,7 +149,7 @@ def _plain(model: nn.Module, image: Tensor) -> list[Tensor]:
     for module, _ in hooks:
         module._forward_hooks.clear()
     try:
-        return _run(model.backbone, image)
+        return _run(model, image)
     finally:
         for module, saved in hooks:
             module._forward_hooks.update(saved)
@@ -299,6 +299,9 @@ def _check_lean(model: nn.Module, image: Tensor, result: dict) -> None:
 
     model.train()
     folded, _, lean_bytes = step()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        inferred = _run(model, image)
     unfold(model)
     outputs, gradients, _ = step()
     restore(model)
@@ -307,6 +310,7 @@ def _check_lean(model: nn.Module, image: Tensor, result: dict) -> None:
     _require(all(torch.equal(a, b) for a, b in zip(outputs, expected)),
              'lean layers change the features')
     _require(_distance(folded, expected) < 1e-4, 'folded norms change the features')
+    _require(_distance(inferred, expected) < 1e-4, 'features are others without a graph')
     distance = _distance(gradients, exact)
     _require(distance < 1e-5, f'gradients of lean layers are off by {distance:.1e}')
     _require(lean_bytes <= naive_bytes, f'lean layers keep {lean_bytes} bytes, ordinary ones '
