@@ -58,6 +58,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--batch-size', type=int, default=2)
     parser.add_argument('--steps', type=int, default=5, help='timed steps a variant; 0: none')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--channels-last', action='store_true',
+                        help='images of every variant in that memory format')
     parser.add_argument('--amp', choices=['bfloat16', 'float16'], help='train under autocast')
     parser.add_argument('--json', metavar='FILE', help='write all figures there')
     parser.add_argument('--plot', metavar='PNG', help='draw the kept bytes there')
@@ -145,6 +147,8 @@ class Variant:
     def __init__(self, cfg: Config, name: str, args: argparse.Namespace) -> None:
         self.name, self.device = name, torch.device(args.device)
         self.amp = getattr(torch, args.amp) if args.amp else None
+        self._memory_format = (
+            torch.channels_last if args.channels_last else torch.contiguous_format)
         torch.manual_seed(0)
         model = MODELS.build(cfg.model)
         self.exists = True
@@ -159,6 +163,7 @@ class Variant:
         if args.backbone_only:
             model.data_preprocessor.to(self.device)
             images = model.data_preprocessor(copy.deepcopy(batch), True)['inputs']
+            images = images.contiguous(memory_format=self._memory_format)
             self.model = Backbone(model.backbone)
             self._loss: Callable = lambda: self.model(images)
             self._infer: Callable = lambda: self.model.backbone(images)
@@ -184,7 +189,9 @@ class Variant:
             return self.model.parse_losses(losses)[0]
 
     def _data(self) -> dict:
-        return self.model.data_preprocessor(copy.deepcopy(self._batch), self.model.training)
+        data = self.model.data_preprocessor(copy.deepcopy(self._batch), self.model.training)
+        data['inputs'] = data['inputs'].contiguous(memory_format=self._memory_format)
+        return data
 
     def loss(self) -> torch.Tensor:
         """The loss, in its graph."""
@@ -472,7 +479,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                      device=torch.cuda.get_device_name() if args.device.startswith('cuda')
                      else f'{platform.machine()} CPU', threads=torch.get_num_threads(),
                      size=None if args.data else args.size, batch_size=args.batch_size,
-                     amp=args.amp, backbone_only=args.backbone_only, steps=args.steps)
+                     amp=args.amp, channels_last=args.channels_last,
+                     backbone_only=args.backbone_only, steps=args.steps)
         Path(args.json).write_text(json.dumps(dict(about=about, results=results), indent=1) + '\n')
 
 
