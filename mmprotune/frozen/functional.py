@@ -28,7 +28,7 @@ from .activations import (
                      tanh,
 )
 from .attention import attention, packed_attention
-from .kernels import pointwise, suits_pointwise
+from .kernels import pointwise, product, suits_pointwise, suits_product
 from .origin import (
                      FrozenLayerError,
                      Kept,
@@ -273,7 +273,7 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, fast):
         ctx.save_for_backward(weight)
-        ctx.dtype = x.dtype
+        ctx.dtype, ctx.fast = x.dtype, fast
         return _linear(x, weight, bias, fast)
 
     @staticmethod
@@ -281,17 +281,25 @@ class _Linear(Function):
     def backward(ctx, grad):
         weight, = ctx.saved_tensors
         with without_autocast(grad):
-            return _linear_gradient(grad, weight).to(ctx.dtype), None, None, None
+            return _linear_gradient(grad, weight, ctx.fast).to(ctx.dtype), None, None, None
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, fast: bool) -> Tensor:
+    weight, bias = cast(weight, x), cast(bias, x)
+    if not fast:
+        return F.linear(x, weight, bias)
+    if suits_product(x, weight):
+        return product(x, weight, bias)
     # PyTorch multiplies a strided batch by a frozen weight matrix by matrix, which takes longer
     # than a copy and one product.
-    return F.linear(x.contiguous() if fast else x, cast(weight, x), cast(bias, x))
+    return F.linear(x.contiguous(), weight, bias)
 
 
-def _linear_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    return grad.contiguous() @ weight.to(grad.dtype)
+def _linear_gradient(grad: Tensor, weight: Tensor, fast: bool) -> Tensor:
+    weight = weight.to(grad.dtype)
+    if fast and suits_product(grad, weight.t()):
+        return product(grad, weight.t())
+    return grad.contiguous() @ weight
 
 
 def linear(x: Tensor,
@@ -318,7 +326,7 @@ def linear(x: Tensor,
     if owner is not None:
         Producer(
             x, y, lambda x: _linear(x, weight, bias, fast),
-            lambda grad: _linear_gradient(grad, weight),
+            lambda grad: _linear_gradient(grad, weight, fast),
             flops=y.numel() * weight.size(1),
             owner=owner)
     return y

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from .origin import is_autocast, is_recorded
 
+# Fewer multiplications than this take less time than it takes to call oneDNN.
+LEAST_PRODUCT = 2**20
+
 
 def _is_watched() -> bool:
     """Whether somebody looks at the operators: a tracer, or a mode such as PyTorch's counter of
@@ -44,6 +47,35 @@ def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.mkldnn_convolution(x, weight, bias, [0, 0], [1, 1], [1, 1], 1)
 
 
+def suits_product(x: Tensor, matrix: Tensor) -> bool:
+    r"""Whether :func:`product` computes the product of these.
+
+    Args:
+        x (Tensor): Of shape (\*, C).
+        matrix (Tensor): Of shape (D, C).
+    """
+    return (x.numel() * matrix.size(0) >= LEAST_PRODUCT and not _is_watched()
+            and x.device.type == 'cpu' and x.dtype == matrix.dtype == torch.float32
+            and torch.backends.mkldnn.is_available() and not is_autocast('cpu')
+            and hasattr(torch.ops.mkldnn, '_linear_pointwise'))
+
+
+def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""``F.linear`` by oneDNN. PyTorch takes MKL, which does not use every CPU's widest vectors.
+
+    Args:
+        x (Tensor): Of shape (\*, C); see :func:`suits_product`.
+        matrix (Tensor): Of shape (D, C).
+        bias (Tensor, optional): Of shape (D, ). Defaults to None.
+
+    Returns:
+        Tensor: Of shape (\*, D), contiguous.
+    """
+    y = torch.ops.mkldnn._linear_pointwise(
+        x.reshape(-1, x.size(-1)), matrix, bias, 'none', [], '')
+    return y.view(*x.shape[:-1], -1)
+
+
 # --- the memory format of a whole network -----------------------------------------------------
 
 
@@ -72,13 +104,23 @@ def run_channels_last(network: nn.Module, x: Tensor, *args, **kwargs):
 
 def _contiguous(output):
     if isinstance(output, Tensor):
-        return output.contiguous() if output.dim() == 4 else output
+        return _contiguous_map(output) if output.dim() == 4 else output
     if isinstance(output, Mapping):
         return type(output)((key, _contiguous(value)) for key, value in output.items())
     if isinstance(output, (tuple, list)):
         items = [_contiguous(item) for item in output]
         return type(output)(*items) if hasattr(output, '_fields') else type(output)(items)
     return output
+
+
+def _contiguous_map(x: Tensor) -> Tensor:
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return x.contiguous()
+    # A copy of one matrix goes block by block; of all maps at once it would stride through them.
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for source, target in zip(x.permute(0, 2, 3, 1), result):
+        target.flatten(1).copy_(source.flatten(0, 1).t())
+    return result
 
 
 # --- max pooling ------------------------------------------------------------------------------

@@ -169,10 +169,10 @@ def make_lean(module: nn.Module,
         report.remarks.append(f'the network ran at no usual image size ({dry_run.error}), so '
                               'nothing is folded or computed again')
         return report
-    _fold(module, pairs, dry_run, report)
+    if options.fold:
+        _fold(module, pairs, dry_run, report)
     if prompts is not None and options.prompts == 'output':
         _check_additions(prompts, dry_run, report)
-    report.channels_last = options.fold and gains_from_channels_last(module, dry_run)
     report.recomputed = plan(module, options.budget, dry_run)
     counted = kept_bytes(module, dry_run)
     report.kept = sum(counted.values())
@@ -290,7 +290,7 @@ def _swap(module: nn.Module, options: LeanOptions, report: LeanReport) -> None:
             continue
         report.covered[path] = type(child).__name__
         child.__class__ = cls
-        child.__dict__.update(lean_owner=path, lean_fast=options.fold)
+        child.__dict__['lean_owner'] = path
         if of_attention and hasattr(cls, 'lean_sdpa'):
             child.__dict__['lean_sdpa'] = options.attention == 'sdpa'
             child.__dict__['lean_drops_weights'] = (
@@ -303,10 +303,10 @@ def _fold(module: nn.Module, pairs: list[tuple[nn.Module, nn.Module]], dry_run: 
               for name, child in parent.named_children()}
     pairs = [twins.Pair(conv, norm, *places[norm]) for conv, norm in pairs
              if isinstance(conv, twins.Twin) and isinstance(norm, twins.Twin)]
-    if not pairs:
-        return
-    error = fold(pairs, dry_run)
+    error = fold(module, pairs, dry_run)
     if error is None:
         report.folded = [(p.conv.lean_owner, p.norm.lean_owner) for p in pairs]
+        report.channels_last = gains_from_channels_last(module, dry_run)
     else:
-        report.remarks.append(f'folding norms moved outputs by {error:.1e}, so none is folded')
+        report.remarks.append(f'folding moved outputs by {error:.1e}, so nothing is folded '
+                              '(as with fold=False)')

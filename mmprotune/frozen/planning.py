@@ -149,10 +149,12 @@ def _count_readers(outputs: list[Tensor]) -> dict[object, int]:
     return readers
 
 
-def fold(pairs: list[twins.Pair], dry_run: DryRun) -> float | None:
-    """Folds norms into convolutions, and unfolds them should the outputs not be the same.
+def fold(module: nn.Module, pairs: list[twins.Pair], dry_run: DryRun) -> float | None:
+    """Folds norms into convolutions and lets the other layers round differently, and undoes both
+    should the outputs not be the same.
 
     Args:
+        module (nn.Module): The lean network.
         pairs (list[Pair]): What to fold.
         dry_run (DryRun): Runs the network.
 
@@ -160,13 +162,17 @@ def fold(pairs: list[twins.Pair], dry_run: DryRun) -> float | None:
         float, optional: None where they are folded; else how far it moved outputs.
     """
     expected = [t.detach().clone() for t in dry_run() or []]
+    layers = [m for m in module.modules() if isinstance(m, twins.Twin)]
+    for layer in layers:
+        layer.__dict__['lean_fast'] = True
     for pair in pairs:
         pair.conv.__dict__['lean_pair'] = pair.norm.__dict__['lean_pair'] = pair
     error = _distance(dry_run(), expected)
     if error <= TOLERANCE:
         return None
-    for pair in pairs:
-        del pair.conv.__dict__['lean_pair'], pair.norm.__dict__['lean_pair']
+    for layer in layers:
+        for name in ('lean_fast', 'lean_pair'):
+            layer.__dict__.pop(name, None)
     return error
 
 

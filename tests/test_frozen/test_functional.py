@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmprotune.frozen import activations
 from mmprotune.frozen import functional as lean
 from mmprotune.frozen.kept import KeptBytes
-from mmprotune.frozen.kernels import pointwise, suits_pointwise
+from mmprotune.frozen.kernels import pointwise, product, suits_pointwise, suits_product
 from mmprotune.frozen.origin import Origin
 
 
@@ -491,3 +491,39 @@ def test_pointwise(shape):
     for other in (torch.autocast('cpu', torch.bfloat16), FlopCounterMode(display=False)):
         with other:
             assert not suits_pointwise(x, matrix[..., None, None])
+
+
+@pytest.mark.parametrize('shape', [(300, 64), (2, 150, 64), (3, 4, 25, 64)])
+def test_product(shape):
+    x, bias = draw(*shape, dtype=torch.float32), draw(96, dtype=torch.float32)
+    matrix = draw(96, 64, dtype=torch.float32)
+    assert suits_product(x, matrix) == torch.backends.mkldnn.is_available()
+    strided = x.transpose(0, -2).contiguous().transpose(0, -2)
+    turned = matrix.t().contiguous().t()
+    for batch in (x, strided):
+        for m in (matrix, turned):
+            for b in (None, bias):
+                y = product(batch, m, b)
+                torch.testing.assert_close(y, F.linear(x, m, b))
+                assert y.is_contiguous()
+    assert not suits_product(x.double(), matrix.double())
+    assert not suits_product(x[:0], matrix) and not suits_product(x[:1, ..., :1], matrix[:, :1])
+    for other in (torch.autocast('cpu', torch.bfloat16), FlopCounterMode(display=False)):
+        with other:
+            assert not suits_product(x, matrix)
+
+
+def test_linear_multiplies_by_onednn_only_where_it_may_round(monkeypatch):
+    calls = []
+    monkeypatch.setattr(lean, 'product', lambda *args: calls.append(args) or product(*args))
+    weight, bias = draw(96, 64, dtype=torch.float32), draw(96, dtype=torch.float32)
+    found = []
+    for fast in (False, True):
+        x = draw(300, 64, dtype=torch.float32).requires_grad_()
+        y = lean.linear(x, weight, bias, fast=fast)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad))
+        assert len(calls) == (2 if fast else 0)
+    assert torch.equal(found[0][0], F.linear(x, weight, bias))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-3)

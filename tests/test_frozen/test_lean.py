@@ -651,6 +651,31 @@ def test_only_a_norm_that_alone_reads_a_convolution_is_folded():
     torch.testing.assert_close(net(x), naive(x), rtol=1e-5, atol=1e-5)
 
 
+class Chooses(nn.Module):
+    """Turns a difference by rounding into another output."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.norm.running_var.fill_(0.7)
+
+    def forward(self, x):
+        return torch.frac(1e6 * self.norm(self.conv(x)))
+
+
+def test_a_network_that_rounding_changes_is_not_folded():
+    net = Chooses().eval()
+    naive = copy.deepcopy(net)
+    for p in net.parameters():
+        p.requires_grad_(False)
+    report = make_lean(net)
+    assert not report.folded and not report.channels_last
+    assert 'so nothing is folded (as with fold=False)' in report.remarks[0]
+    assert isinstance(net.conv, Twin) and not net.conv.lean_fast
+    x = images(1, 3, 16, 16)
+    assert torch.equal(net(x), naive(x))
+
+
 def test_a_network_that_runs_at_no_usual_size_is_lean_all_the_same(caplog):
 
     class Picky(nn.Module):

@@ -4,7 +4,7 @@ Each backbone is checked in a process of its own, in its smallest architecture, 
 and ``freeze='all'``: it builds, its stages are found, prompts at their start change nothing
 (bitwise), gradients reach exactly the prompts, one AdamW step moves prompts and nothing else
 (bitwise), a slim state dict restores the features, two image sizes run, and lean layers give the
-features (bitwise, where no norm is folded) and gradients of ordinary ones while keeping less.
+features (bitwise with fold=False) and gradients of ordinary ones while keeping less.
 """
 from __future__ import annotations
 
@@ -381,8 +381,8 @@ def markdown(results: Sequence[dict], command: str) -> str:
         'stages found; equal to the frozen backbone at the start, bitwise; gradients for exactly '
         'the prompts; one AdamW step moves prompts and nothing else, bitwise; a slim state dict '
         'restores the features; two image sizes (one where the backbone itself takes only one); '
-        'lean layers give the features (bitwise, where no norm is folded) and the gradients (1e-5) '
-        'of ordinary ones.',
+        'lean layers give the features (bitwise with `fold=False`, else and in inference within '
+        '1e-4) and the gradients (1e-5) of ordinary ones.',
         '',
         'Prompts are the default block (bottleneck of 4) at every stage; their share is of the '
         "backbone's parameters. `kept` are the bytes that autograd keeps with lean layers, "
