@@ -118,23 +118,26 @@ def _leaves(dataset: object) -> Iterator[dict]:
             yield from _leaves(one)
 
 
-def annotation_error(error: Exception) -> DataError | None:
-    """Names the annotation file that was being read when an error was raised.
+def dataset_error(error: Exception) -> DataError | None:
+    """Names the file of a data set that could not be read, or was not there.
 
     Args:
         error (Exception): With its traceback.
 
     Returns:
-        DataError, optional: None when none was being read, or the error names it.
+        DataError, optional: None when none was being read, or the error is about something else.
     """
-    path, traceback = None, error.__traceback__
+    path, loads, traceback = None, False, error.__traceback__
     while traceback is not None:
         names = traceback.tb_frame.f_locals
         found = names.get('annotation_file') or names.get('ann_file')
         if traceback.tb_frame.f_code.co_name in ('load_data_list', 'full_init'):
-            found = found or getattr(names.get('self'), 'ann_file', None)
+            loads, found = True, found or getattr(names.get('self'), 'ann_file', None)
         path = found if isinstance(found, str) and found else path
         traceback = traceback.tb_next
+    if loads and isinstance(error, FileNotFoundError) and error.filename:
+        return DataError(f'{error.filename} does not exist; the data set looks for it by its '
+                         'data_root, ann_file and data_prefix')
     if path is None or path in str(error) or not os.path.isfile(path):
         return None
     return DataError(f'{path} ({os.path.getsize(path)} bytes) cannot be read as annotations: '

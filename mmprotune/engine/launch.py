@@ -77,7 +77,7 @@ def run_tool(main: Callable[[], None]) -> int:
         int: Exit status, 0 or 1.
     """
     from mmprotune.checkpoint import CheckpointError
-    from mmprotune.engine.data_faults import DataError, annotation_error
+    from mmprotune.engine.data_faults import DataError, dataset_error
     from mmprotune.engine.hooks import NonFiniteError, RanksDisagree
     from mmprotune.models.prompted_backbone import PretrainedFileError
     from mmprotune.models.stages import StageError
@@ -88,7 +88,7 @@ def run_tool(main: Callable[[], None]) -> int:
         if not isinstance(error, (
                 CheckpointError, DataError, LaunchError, NonFiniteError, PretrainedFileError,
                 RanksDisagree, StageError, URLError)):
-            told = annotation_error(error)
+            told = dataset_error(error)
         if told is None or os.environ.get('MMPROTUNE_DEBUG') == '1':
             raise
         if isinstance(told, URLError):

@@ -25,10 +25,10 @@ class LeanOptions:
 
     Attributes:
         fold (bool): Whether outputs may move by rounding: a frozen BatchNorm becomes part of the
-            convolution before it, where it alone reads the convolution's output; on one thread of
-            a CPU 1x1 convolutions go to oneDNN, strided inputs of linear layers are copied to be
-            one matrix, and networks of convolutions run channels-last where there is no graph to
-            build. Defaults to True.
+            convolution before it, where it alone reads the convolution's output; on a CPU linear
+            layers (and on one thread 1x1 convolutions) go to oneDNN, and networks of convolutions
+            run channels-last where there is no graph to build. Undone where a dry run shows other
+            outputs. Defaults to True.
         recompute (float): Work that the backward pass may do twice, as a share of the frozen
             network's multiplications in a training step. It goes where a multiplication saves most
             bytes: hidden layers of MLPs, queries, keys and values. 0 means nothing, True anything.

@@ -5,9 +5,10 @@ import shutil
 import cv2
 import numpy as np
 import pytest
+from mmengine.registry import DATASETS, init_default_scope
 
 from mmprotune.engine import launch
-from mmprotune.engine.data_faults import DataError, check_image_file
+from mmprotune.engine.data_faults import DataError, dataset_error, check_image_file
 from tests.detection import detector_cfg, draw_coco
 from tests.test_tools.conftest import load_tool
 
@@ -142,6 +143,23 @@ def test_annotation_files(kind, broken, resnet18_file, tmp_path, capsys):
     status, err = start(train, broken, resnet18_file, tmp_path, capsys)
     assert status == 1
     assert str(file) in err[-1] and 'cannot be read as annotations' in err[-1]
+
+
+def test_a_missing_annotation_file(broken, resnet18_file, tmp_path, capsys):
+    (broken / 'ann.json').unlink()
+    status, err = start(train, broken, resnet18_file, tmp_path, capsys)
+    assert status == 1 and f'{broken / "ann.json"} does not exist' in err[-1]
+    assert 'data_root' in err[-1] and 'Traceback' not in ''.join(err)
+
+
+def test_a_missing_folder_of_images(tmp_path):
+    """As mmseg and mmpretrain look for it; mmdet reads its names from the annotations."""
+    init_default_scope('mmseg')
+    with pytest.raises(FileNotFoundError) as raised:
+        DATASETS.build(dict(type='ADE20KDataset', data_root=str(tmp_path), pipeline=[],
+                            data_prefix=dict(img_path='images', seg_map_path='maps')))
+    assert f'{tmp_path / "images"} does not exist' in str(dataset_error(raised.value))
+    assert dataset_error(FileNotFoundError(2, 'elsewhere', 'file')) is None
 
 
 def test_the_config_in_the_work_directory_is_the_users(data, resnet18_file, tmp_path, capsys):
