@@ -8,7 +8,7 @@ import pytest
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmprotune.engine import launch
-from mmprotune.engine.data_faults import DataError, dataset_error, check_image_file
+from mmprotune.engine.data_faults import DataError, check_image_file, dataset_error
 from tests.detection import detector_cfg, draw_coco
 from tests.test_tools.conftest import load_tool
 
