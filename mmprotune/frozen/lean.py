@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from . import twins
-from .planning import DryRun, find_pairs, fold, gains_from_channels_last, kept_bytes, plan
+from .planning import (
+                     DryRun,
+                     find_pairs,
+                     fold,
+                     kept_bytes,
+                     plan,
+                     set_channels_last,
+                     share_in_maps,
+)
 
 # What frozen weights can be stored in.
 STORAGE_DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)
@@ -205,7 +213,7 @@ def _swap_prompts(prompts: nn.Module, options: LeanOptions) -> None:
         cls = None if isinstance(block, twins.Twin) else twins.twin_of(block)
         if cls is not None and issubclass(cls, twins.PROMPTS):
             block.__class__ = cls
-            block.__dict__.update(lean_prompts=options.prompts, lean_fast=options.fold)
+            block.__dict__['lean_prompts'] = options.prompts
 
 
 def restore(module: nn.Module) -> None:
@@ -303,10 +311,12 @@ def _fold(module: nn.Module, pairs: list[tuple[nn.Module, nn.Module]], dry_run: 
               for name, child in parent.named_children()}
     pairs = [twins.Pair(conv, norm, *places[norm]) for conv, norm in pairs
              if isinstance(conv, twins.Twin) and isinstance(norm, twins.Twin)]
-    error = fold(module, pairs, dry_run)
+    in_maps, expected = share_in_maps(module, dry_run)
+    error = fold(pairs, dry_run, expected)
     if error is None:
         report.folded = [(p.conv.lean_owner, p.norm.lean_owner) for p in pairs]
-        report.channels_last = gains_from_channels_last(module, dry_run)
+        # Transformers gain nothing from it.
+        report.channels_last = in_maps >= 0.5 and set_channels_last(module, dry_run, expected)
     else:
         report.remarks.append(f'folding moved outputs by {error:.1e}, so nothing is folded '
                               '(as with fold=False)')

@@ -57,16 +57,14 @@ class DryRun:
         """
         return self._run(1, size, through or not self._trains)
 
-    def infer(self, size: tuple[int, int] | None = None) -> list[Tensor] | None:
-        """Runs the network once, on two images and without a graph.
-
-        Args:
-            size (tuple[int, int], optional): Of the images. Defaults to None: that of ``shape``.
+    def infer(self) -> list[Tensor] | None:
+        """Runs the network once, on two images of a usual size and without a graph.
 
         Returns:
             list[Tensor], optional: The outputs; None where the network does not run.
         """
-        return self._run(2, size, None)
+        outputs = self._run(2, USUAL_SIZE, None)
+        return self._run(2, None, None) if outputs is None else outputs
 
     def _run(self, batch: int, size: tuple[int, int] | None,
              through: bool | None) -> list[Tensor] | None:
@@ -149,25 +147,25 @@ def _count_readers(outputs: list[Tensor]) -> dict[object, int]:
     return readers
 
 
-def fold(module: nn.Module, pairs: list[twins.Pair], dry_run: DryRun) -> float | None:
-    """Folds norms into convolutions and lets the other layers round differently, and undoes both
-    should the outputs not be the same.
+def fold(pairs: list[twins.Pair], dry_run: DryRun,
+         expected: list[Tensor] | None) -> float | None:
+    """Folds norms into convolutions and lets all lean layers, those of prompts too, round
+    differently, and undoes both should the outputs not be the same.
 
     Args:
-        module (nn.Module): The lean network.
         pairs (list[Pair]): What to fold.
         dry_run (DryRun): Runs the network.
+        expected (list[Tensor], optional): What its ``infer`` returned before.
 
     Returns:
         float, optional: None where they are folded; else how far it moved outputs.
     """
-    expected = [t.detach().clone() for t in dry_run() or []]
-    layers = [m for m in module.modules() if isinstance(m, twins.Twin)]
+    layers = [m for m in dry_run.root.modules() if isinstance(m, twins.Twin)]
     for layer in layers:
         layer.__dict__['lean_fast'] = True
     for pair in pairs:
         pair.conv.__dict__['lean_pair'] = pair.norm.__dict__['lean_pair'] = pair
-    error = _distance(dry_run(), expected)
+    error = _distance(dry_run.infer(), expected)
     if error <= TOLERANCE:
         return None
     for layer in layers:
@@ -180,7 +178,7 @@ def _distance(found: list[Tensor] | None, expected: list[Tensor] | None) -> floa
     """How far the outputs of a network have moved; infinite where it did not run."""
     if found is None or expected is None or len(found) != len(expected):
         return float('inf')
-    return max((_difference(a.detach(), b) for a, b in zip(found, expected)), default=0.)
+    return max((_difference(a, b) for a, b in zip(found, expected)), default=0.)
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
@@ -192,12 +190,11 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 # --- memory format ----------------------------------------------------------------------------
 
 
-def gains_from_channels_last(module: nn.Module, dry_run: DryRun) -> bool:
-    """Whether a network does most of its work in convolutions of maps, and gives the same outputs
-    with channels-last maps. Leaves it set to run so, or not.
+def share_in_maps(module: nn.Module, dry_run: DryRun) -> tuple[float, list[Tensor] | None]:
+    """The share of a network's multiplications that are convolutions of maps, and its outputs.
 
     Args:
-        module (nn.Module): The lean network.
+        module (nn.Module): The network.
         dry_run (DryRun): Runs it.
     """
     in_maps = total = 0
@@ -211,19 +208,26 @@ def gains_from_channels_last(module: nn.Module, dry_run: DryRun) -> bool:
     handles = [layer.register_forward_hook(note_work) for layer in module.modules()
                if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear))]
     try:
-        size = USUAL_SIZE
-        expected = dry_run.infer(size)
-        if expected is None:
-            size = None
-            expected = dry_run.infer()
+        outputs = dry_run.infer()
     finally:
         for handle in handles:
             handle.remove()
-    if 2 * in_maps < total or expected is None:
-        return False
-    expected = [t.clone() for t in expected]
+    return in_maps / max(1, total), outputs
+
+
+def set_channels_last(module: nn.Module, dry_run: DryRun, expected: list[Tensor] | None) -> bool:
+    """Sets a network to run channels-last without a graph, unless that gives other outputs.
+
+    Args:
+        module (nn.Module): The lean network.
+        dry_run (DryRun): Runs it.
+        expected (list[Tensor], optional): What its ``infer`` returned before.
+
+    Returns:
+        bool: Whether it is set.
+    """
     module.__dict__['lean_channels_last'] = True
-    if _distance(dry_run.infer(size), expected) <= TOLERANCE:
+    if _distance(dry_run.infer(), expected) <= TOLERANCE:
         return True
     del module.__dict__['lean_channels_last']
     return False

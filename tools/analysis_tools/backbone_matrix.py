@@ -321,9 +321,9 @@ def _check_lean(model: nn.Module, image: Tensor, result: dict) -> None:
 
 def _distance(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """How far some tensors are from others, relative to the norm of all."""
-    difference = sum(float((a.double() - b.double()).square().sum())
+    difference = sum(float((a.detach().double() - b.detach().double()).square().sum())
                      for a, b in zip(found, expected))
-    return (difference / max(1e-60, sum(float(b.double().square().sum())
+    return (difference / max(1e-60, sum(float(b.detach().double().square().sum())
                                         for b in expected)))**0.5
 
 
