@@ -21,22 +21,30 @@ from torch import Tensor, nn
 
 from . import safe_io
 from .frozen import fingerprint
-from .frozen.freeze import OPTIONAL_BUFFERS
+from .frozen.fingerprint import OPTIONAL_BUFFERS
 from .safe_io import CheckpointError, CheckpointNotWritten, UnreadableCheckpoint, read, register
 from .version import __version__
 
 __all__ = [
-    'CheckpointError', 'CheckpointNotWritten', 'FingerprintMismatch', 'IncompleteCheckpoint',
+    'CheckpointError', 'CheckpointNotWritten', 'FingerprintMismatch', 'FunctionMismatch',
+    'IncompleteCheckpoint',
     'NonFiniteCheckpoint', 'UnreadableCheckpoint', 'describe_model', 'extract', 'full_state_dict',
     'inspect', 'load', 'merge', 'newest', 'problems', 'prompted_parts', 'read', 'register',
     'verify'
 ]
 
 FINGERPRINT = 'frozen_fingerprint'
+FUNCTION = 'frozen_function'
+# Rounding on another machine or in TF32 moves outputs less; what a setting changes, more.
+FUNCTION_TOLERANCE = 0.005
 
 
 class FingerprintMismatch(CheckpointError):
     """The checkpoint was trained on another frozen backbone."""
+
+
+class FunctionMismatch(FingerprintMismatch):
+    """The checkpoint's weights fit, but were trained in a network that computes something else."""
 
 
 class IncompleteCheckpoint(CheckpointError):
@@ -66,11 +74,15 @@ def _shown(names, most: int = 5) -> str:
 
 @dataclass
 class _FullLoad:
-    """A state dict that brings the frozen tensors too; ``fingerprint`` is the one it carries."""
+    """A state dict that brings the frozen tensors too; ``fingerprint`` is the one it carries, and
+    ``has_function`` whether it says what the network computes."""
     fingerprint: Tensor | None
+    has_function: bool
 
     def verify(self, module: nn.Module) -> None:
         module.refresh_fingerprint()
+        if not self.has_function:
+            module.frozen_function.copy_(module.function_of())
         if self.fingerprint is not None and not torch.equal(
                 self.fingerprint.cpu(), module.frozen_fingerprint.cpu()):
             raise _torn(self.fingerprint, module.frozen_fingerprint)
@@ -94,7 +106,30 @@ def _check_together(where: str, own: Mapping[str, Tensor], frozen: Mapping[str, 
         raise FingerprintMismatch(f'{where}: {error}')
 
 
-def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+def _check_function(where: str, module: nn.Module, found: Tensor, own: Tensor) -> None:
+    """Raises where a network of the same weights computes something else."""
+    if found.shape != own.shape:
+        raise IncompleteCheckpoint(f'{where}: {FUNCTION}: expected {tuple(own.shape)}, '
+                                   f'got {tuple(found.shape)}')
+    plain, prompted = module.function_distance(found, own)
+    # Stored in 16 bits, weights round.
+    lowest = min((t.element_size() for t in module.frozen_tensors().values()
+                  if t.is_floating_point()), default=4)
+    tolerance = FUNCTION_TOLERANCE * (1 if lowest >= 4 else 6)
+    if plain > tolerance:
+        raise FunctionMismatch(
+            f'{where}: the checkpoint has the weights of this backbone, but was trained with one '
+            f'that computes something else (outputs differ by {plain:.2g} of their size): check '
+            'what backbone sets besides its weights (strides, dilations, style, activations, …)')
+    if prompted > tolerance:
+        raise FunctionMismatch(
+            f'{where}: the prompts in the checkpoint were trained to act in another way (outputs '
+            f'differ by {prompted:.2g} of their size): check prompt, stages and last_stage; here '
+            f'last_stage={module.last_stage!r}, stages={[s.path for s in module.stages]}')
+
+
+def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
+                   quiet: bool = False) -> None:
     """Checks a state dict before a prompted backbone loads it; called by the backbone.
 
     Three kinds come: slim (prompts and a fingerprint), full (the frozen tensors as well) and stock
@@ -105,9 +140,11 @@ def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
         module (nn.Module): The prompted backbone.
         state_dict (dict[str, Tensor]): What is about to be loaded; renamed keys are changed in it.
         prefix (str): Prefix of the backbone's keys.
+        quiet (bool): Whether to say nothing in the log. Defaults to False.
 
     Raises:
         FingerprintMismatch: A slim file of another frozen backbone.
+        FunctionMismatch: One of a network that computes something else.
         IncompleteCheckpoint: Keys are missing or have other shapes.
     """
     own = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
@@ -129,14 +166,24 @@ def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
         for key, tensor in module.prompts.state_dict().items():
             own[f'prompts.{key}'] = state_dict[f'{prefix}prompts.{key}'] = tensor
         own[FINGERPRINT] = state_dict[prefix + FINGERPRINT] = module.frozen_fingerprint
-        print_log(f'{where}: a stock checkpoint fills the backbone, prompts keep their weights',
-                  logger='current')
+        if not quiet:
+            print_log(f'{where}: a stock checkpoint fills the backbone, prompts keep their weights',
+                      logger='current')
+    function = own.get(FUNCTION)
+    if function is None:
+        state_dict[prefix + FUNCTION] = module.frozen_function
+        if prompted and not quiet:
+            print_log(f'{where}: the checkpoint is of an older version, which did not note what '
+                      'the network computes: whether settings besides the weights (stages, '
+                      'last_stage, prompt, strides, …) are those of its training is not checked',
+                      logger='current', level=logging.WARNING)
 
     wanted = {f'backbone.{n}': t for n, t in inner.items()}
     wanted.update((f'prompts.{n}', t) for n, t in module.prompts.state_dict().items())
     frozen = {f'backbone.{n}' for n in module.frozen_names if f'backbone.{n}' in wanted}
     full = any(k in own for k in frozen)
     if not full:
+        module.require_weights()
         if FINGERPRINT not in own:
             raise IncompleteCheckpoint(
                 f'{where}: the checkpoint holds neither the frozen backbone nor its fingerprint, '
@@ -147,13 +194,20 @@ def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
                 f'{where}: the checkpoint was trained on another frozen backbone: expected '
                 f'fingerprint {_hex(module.frozen_fingerprint)[:16]}…, got '
                 f'{_hex(own[FINGERPRINT].flatten())[:16]}…; check backbone.init_cfg')
+        if function is not None:
+            _check_function(where, module, function, module.frozen_function)
         wanted = {k: t for k, t in wanted.items() if k not in frozen}
-    _compare(where, wanted, {k: v for k, v in own.items() if k != FINGERPRINT})
-    if full and prompted and FINGERPRINT in own:
-        # Before anything is loaded; _FullLoad looks once more at what has arrived in the model.
+    _compare(where, wanted, {k: v for k, v in own.items() if k not in (FINGERPRINT, FUNCTION)})
+    # Before anything is loaded; _FullLoad looks once more at what has arrived in the model.
+    # Which tensors were frozen is not known where the pre-trained file was not to be had.
+    known = full and prompted and not module.lacks_weights
+    if known and FINGERPRINT in own:
         _check_together(where, own, {n: inner[n] for n in module.frozen_names if n in inner})
-    module.__dict__['_incoming'] = (
-        prefix, _FullLoad(own.get(FINGERPRINT) if prompted else None) if full else None)
+    if known and function is not None:
+        _check_function(where, module, function, module.function_of(
+            {n: own[f'backbone.{n}'] for n in module.frozen_names if f'backbone.{n}' in own}))
+    module.__dict__['_incoming'] = (prefix, _FullLoad(
+        own.get(FINGERPRINT) if known else None, known and function is not None) if full else None)
 
 
 def _compare(where: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
@@ -243,7 +297,7 @@ def _check_whole(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     wanted = dict(model.state_dict())
     for path, part in prompted_parts(model):
         prefix = f'{path}.' if path else ''
-        check_incoming(part, state_dict, prefix)  # renames the keys of stock files
+        check_incoming(part, state_dict, prefix, quiet=True)  # renames the keys of stock files
         part.__dict__.pop('_incoming', None)
         if any(f'{prefix}backbone.{n}' in state_dict for n in part.frozen_names):
             wanted.update((f'{prefix}backbone.{n}', t) for n, t in part.frozen_tensors().items())
@@ -553,7 +607,8 @@ def merge(path: str | os.PathLike, cfg: Config | str | os.PathLike, out: str | o
         if len(part.prompts):
             continue
         prefix = f'{place}.' if place else ''
-        state_dict.pop(prefix + FINGERPRINT)
+        for key in (FINGERPRINT, FUNCTION):
+            state_dict.pop(prefix + key)
         meta['backbones'].pop(place)
         for key in [k for k in state_dict if k.startswith(f'{prefix}backbone.')]:
             state_dict[prefix + key[len(prefix) + len('backbone.'):]] = state_dict.pop(key)

@@ -3,6 +3,7 @@ from .freeze import (
                      FillRecorder,
                      FrozenSnapshot,
                      FrozenTensorsChanged,
+                     apply_to_the_rest,
                      audit,
                      freeze,
                      frozen_tensors,
@@ -10,6 +11,6 @@ from .freeze import (
 )
 
 __all__ = [
-    'FillRecorder', 'FrozenSnapshot', 'FrozenTensorsChanged', 'audit', 'digest_tensors',
-    'fingerprint', 'freeze', 'frozen_tensors', 'keep_frozen_in_eval'
+    'FillRecorder', 'FrozenSnapshot', 'FrozenTensorsChanged', 'apply_to_the_rest', 'audit',
+    'digest_tensors', 'fingerprint', 'freeze', 'frozen_tensors', 'keep_frozen_in_eval'
 ]

@@ -7,6 +7,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+# Counters that newer PyTorch versions added to BatchNorm; older files do not hold them.
+OPTIONAL_BUFFERS = ('num_batches_tracked', )
+
+
+def identity(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What makes a backbone the same one: all but counters that nothing frozen reads.
+
+    Args:
+        tensors (Mapping[str, Tensor]): Its frozen tensors by name.
+    """
+    return {n: t for n, t in tensors.items() if n.rpartition('.')[2] not in OPTIONAL_BUFFERS}
+
 
 def _bytes(tensor: Tensor) -> memoryview:
     tensor = tensor.detach().cpu().contiguous()

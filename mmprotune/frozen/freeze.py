@@ -5,14 +5,17 @@ Nothing here knows the hosts: any ``nn.Module`` can be frozen.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 
-from .fingerprint import digest_tensors
+from .fingerprint import OPTIONAL_BUFFERS, digest_tensors, fingerprint, identity
 
-# Counters that newer PyTorch versions added to BatchNorm; older files do not hold them.
-OPTIONAL_BUFFERS = ('num_batches_tracked', )
+__all__ = [
+    'OPTIONAL_BUFFERS', 'FillRecorder', 'FrozenSnapshot', 'FrozenTensorsChanged',
+    'apply_to_the_rest', 'audit', 'freeze', 'frozen_tensors', 'keep_frozen_in_eval'
+]
 
 
 class FrozenTensorsChanged(RuntimeError):
@@ -79,6 +82,7 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 def freeze(module: nn.Module,
            keep: Iterable[str] = (),
            trainable: Iterable[str] = (),
+           fixed: Iterable[str] = (),
            key: str = 'trainable') -> set[str]:
     """Sets ``requires_grad`` of every parameter of ``module``, and says which tensors are frozen.
 
@@ -87,6 +91,8 @@ def freeze(module: nn.Module,
         keep (Iterable[str]): Names of parameters that stay trainable.
         trainable (Iterable[str]): Regular expressions; a parameter stays trainable too when one
             of them matches its whole dotted name (``re.fullmatch``).
+        fixed (Iterable[str]): Names of parameters that the module itself keeps from training; none
+            of them trains. One in ``keep`` is not counted as frozen either.
         key (str): Name of the config key that ``trainable`` came from, for error messages.
 
     Returns:
@@ -94,10 +100,10 @@ def freeze(module: nn.Module,
         train.
 
     Raises:
-        ValueError: A regular expression is malformed or matches no parameter.
+        ValueError: A regular expression is malformed, or matches no parameter that can train.
     """
     names = [name for name, _ in module.named_parameters()]
-    keep = set(keep)
+    keep, fixed = set(keep), set(fixed)
     for pattern in trainable:
         try:
             compiled = re.compile(pattern)
@@ -107,13 +113,16 @@ def freeze(module: nn.Module,
         if not matched:
             raise ValueError(f'{key}: {pattern!r} matches no parameter; '
                              f'the names begin with {", ".join(names[:3])}, …')
-        keep.update(matched)
+        if fixed.issuperset(matched):
+            raise ValueError(f'{key}: {pattern!r} matches only parameters that the backbone itself '
+                             f'keeps from training (requires_grad=False): {matched[0]}, …')
+        keep.update(name for name in matched if name not in fixed)
     frozen = set()
     # Every name of a tensor that modules share: the state dict has it under each.
     parameters = list(module.named_parameters(remove_duplicate=False))
     kept = {id(param) for name, param in parameters if name in keep}
     for name, param in parameters:
-        param.requires_grad_(id(param) in kept)
+        param.requires_grad_(id(param) in kept and name not in fixed)
         if id(param) not in kept:
             frozen.add(name)
     live = {path for path, _ in _live_modules(module)}
@@ -161,6 +170,30 @@ def keep_frozen_in_eval(module: nn.Module) -> None:
             current.training = False
         for child in current.children():
             visit(child)
+
+    visit(module)
+
+
+def apply_to_the_rest(module: nn.Module, fn: Callable[[nn.Module], None],
+                      names: Iterable[str]) -> None:
+    """``module.apply(fn)``, except that frozen tensors keep their values.
+
+    Args:
+        module (nn.Module): The module.
+        fn (Callable): Called with every submodule, children first.
+        names (Iterable[str]): Dotted names of the frozen parameters and buffers.
+    """
+    frozen = {id(t) for t in frozen_tensors(module, names).values()}
+
+    def visit(current: nn.Module) -> None:
+        for child in current.children():
+            visit(child)
+        # One module's at a time: a copy of the whole network would not be small.
+        saved = [(t, t.detach().clone()) for _, t in _own_tensors(current) if id(t) in frozen]
+        fn(current)
+        with torch.no_grad():
+            for tensor, value in saved:
+                tensor.copy_(value)
 
     visit(module)
 
@@ -227,7 +260,8 @@ def audit(model: nn.Module, snapshot: FrozenSnapshot | None = None, training: bo
     """Checks that everything declared frozen is frozen.
 
     That is: no frozen parameter requires or holds a gradient; no frozen submodule is in training
-    mode; with a snapshot, every frozen parameter and buffer is bitwise what it was.
+    mode; the frozen tensors have the fingerprint that the model took of them (unless it was
+    converted to another dtype since); with a snapshot, every one is bitwise what it was.
 
     Args:
         model (nn.Module): A model that holds one or more prompted backbones.
@@ -260,3 +294,16 @@ def audit(model: nn.Module, snapshot: FrozenSnapshot | None = None, training: bo
     if moved:
         shown = ', '.join(moved[:5]) + (f' and {len(moved) - 5} more' if len(moved) > 5 else '')
         raise FrozenTensorsChanged(f'frozen tensors moved: {shown}')
+    for path, part in _frozen_parts(model):  # a snapshot may have been taken too late
+        _check_fingerprint(path, part)
+
+
+def _check_fingerprint(path: str, part: nn.Module) -> None:
+    tensors = identity(frozen_tensors(part.backbone, part.frozen_names))
+    if part.frozen_dtypes != {name: t.dtype for name, t in tensors.items()}:
+        return
+    found = bytes(fingerprint(tensors).tolist()).hex()
+    if found != part.own_fingerprint:
+        raise FrozenTensorsChanged(
+            f'{path or "the model"}: frozen tensors are not what they were when the backbone got '
+            f'its weights: expected fingerprint {part.own_fingerprint[:16]}…, got {found[:16]}…')

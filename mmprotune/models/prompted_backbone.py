@@ -7,38 +7,42 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from mmengine.config import ConfigDict
-from mmengine.logging import MMLogger, print_log
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmprotune.checkpoint import check_incoming
-from mmprotune.frozen import FillRecorder, fingerprint, freeze, frozen_tensors, keep_frozen_in_eval
-from mmprotune.frozen.freeze import OPTIONAL_BUFFERS
+from mmprotune.frozen import (
+    apply_to_the_rest,
+    fingerprint,
+    freeze,
+    frozen_tensors,
+    keep_frozen_in_eval,
+)
+from mmprotune.frozen.dry_run import image_shapes, noise, tensors_in, undisturbed
+from mmprotune.frozen.fingerprint import identity
 from mmprotune.frozen.kernels import run_channels_last
 from mmprotune.frozen.lean import (
-                     STORAGE_DTYPES,
-                     LeanOptions,
-                     LeanReport,
-                     make_lean,
-                     store_weights,
+    STORAGE_DTYPES,
+    LeanOptions,
+    LeanReport,
+    make_lean,
+    store_weights,
 )
+from mmprotune.frozen.origin import is_recorded
 from mmprotune.registry import MODELS
 
+from . import calls
+from .identity import PROJECTIONS, difference, pack, pinned, summary
 from .layout import token_grid
+from .pretrained import Built, PretrainedFileError, build_backbone
 from .stages import Stage, find_stages
-
-# A pre-trained file that fills less of the backbone than this is the wrong file.
-MINIMUM_FILLED = 0.9
-
-
-class PretrainedFileError(ValueError):
-    """The pre-trained file is missing, or is not this backbone's."""
 
 
 class _Tap:
@@ -100,7 +104,11 @@ class PromptedBackbone(BaseModule):
             None: as they are.
         pretrained (str, optional): Pre-trained file handed on to a backbone that names none
             itself; segmentors pass it. Defaults to None.
-        init_cfg (dict, optional): A ``Pretrained`` config, handed on likewise. Defaults to None.
+        init_cfg (dict, optional): A ``Pretrained`` config, handed on likewise. Inferencers delete
+            it here: it belongs on the wrapped backbone. Defaults to None.
+        frozen_from (str, optional): Path or URL of a checkpoint of a whole model (what a run had as
+            ``load_from``) whose part for this backbone is loaded after its own file. Defaults to
+            None.
 
     Attributes:
         prompts (nn.ModuleDict): Prompt block by stage name.
@@ -108,10 +116,14 @@ class PromptedBackbone(BaseModule):
         frozen_names (frozenset[str]): Frozen parameters and buffers, dotted names in ``backbone``.
         lean_report (LeanReport): What ``lean`` did.
         frozen_fingerprint (Tensor): uint8 buffer of shape (32, ), SHA-256 of the frozen tensors.
+        frozen_function (Tensor): uint8 buffer, what the backbone computes without and with prompts,
+            see :mod:`~mmprotune.models.identity`; zeros where it runs at no usual image size.
+        frozen_source (str, optional): Where the frozen weights come from.
 
     Raises:
         PretrainedFileError: ``freeze='pretrained'`` without a pre-trained file, or with one that
-            fills less than 90% of the backbone.
+            fills less than 90% of the backbone. One that cannot be found is an error once the
+            backbone is used without a checkpoint that holds it.
         StageError: No stage was found, or a path in ``stages`` is wrong.
         TypeError, ValueError: An argument is of the wrong type or value.
         KeyError: ``backbone.type`` is not registered (MMEngine's message).
@@ -127,7 +139,8 @@ class PromptedBackbone(BaseModule):
                  lean: bool | dict = True,
                  backbone_dtype: str | None = None,
                  pretrained: str | None = None,
-                 init_cfg: dict | None = None) -> None:
+                 init_cfg: dict | None = None,
+                 frozen_from: str | None = None) -> None:
         super().__init__()
         _check_choice('freeze', freeze, ('pretrained', 'all'))
         _check_choice('last_stage', last_stage, ('residual', 'serial', 'none'))
@@ -145,20 +158,30 @@ class PromptedBackbone(BaseModule):
         self.trainable = tuple(trainable)
         self.last_stage = last_stage
         self.lean = lean
-        self._image: tuple[int, int] | None = None
-        self._norms: dict[str, tuple[Tensor, Tensor]] | None = None
-
-        self.backbone, filled = self._build_backbone(
-            ConfigDict(copy.deepcopy(backbone)), pretrained, init_cfg)
-        self._freeze_backbone(filled)
+        self.frozen_from = frozen_from
+        built = build_backbone(
+            ConfigDict(copy.deepcopy(backbone)), pretrained, init_cfg, frozen_from)
+        if built.source is None and freeze == 'pretrained':
+            raise PretrainedFileError(
+                f"freeze='pretrained' needs a pre-trained file, but backbone {backbone['type']!r} "
+                "names none (backbone.init_cfg=dict(type='Pretrained', checkpoint=…), on the "
+                "wrapped backbone: inferencers delete the wrapper's own); freeze='all' freezes the "
+                'backbone as it is, for a full checkpoint to fill it')
+        self.backbone = built.module
+        self.frozen_source = built.source
+        self._missing = built.missing
+        self._freeze_backbone(built)
         self.stages: list[Stage] = []
         self.prompts = nn.ModuleDict()
         if prompt is not None:
             self._add_prompts(dict(prompt), stages)
+        self.register_buffer('frozen_function', torch.zeros(
+            2 * 4 * (PROJECTIONS + 1), dtype=torch.uint8))
+        self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
+        self.frozen_function.copy_(self.function_of())
         self.lean_report = LeanReport()
         if options is not None:
             self._make_lean(options, backbone_dtype)
-        self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
         self.refresh_fingerprint()
         self._register_state_dict_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_after_load)
@@ -166,77 +189,33 @@ class PromptedBackbone(BaseModule):
 
     # --- construction -------------------------------------------------------------------------
 
-    def _build_backbone(self, cfg: ConfigDict, pretrained: str | None,
-                        init_cfg: dict | None) -> tuple[nn.Module, set[str] | None]:
-        """Builds the backbone with its weights; the names its file filled (None: no file)."""
-        if init_cfg is not None and not _names_file(init_cfg):
-            raise ValueError(f"init_cfg must be of type 'Pretrained' or None, got {init_cfg!r}")
-        has_file = _names_file(cfg.get('init_cfg')) or any(
-            cfg.get(key) for key in ('pretrained', 'checkpoint_path'))
-        if not has_file and pretrained is not None:
-            init_cfg = dict(type='Pretrained', checkpoint=pretrained)
-        if not has_file and init_cfg is not None:
-            cfg.pop('pretrained', None)
-            cfg['init_cfg'] = ConfigDict(init_cfg) if isinstance(init_cfg, dict) else init_cfg
-            has_file = True
-        if not has_file and self.freeze == 'pretrained':
-            raise PretrainedFileError(
-                f"freeze='pretrained' needs a pre-trained file, but backbone {cfg['type']!r} names "
-                "none (backbone.init_cfg=dict(type='Pretrained', checkpoint=…)); freeze='all' "
-                'freezes the backbone as it is, for a full checkpoint to fill it')
-        # The wrapper freezes; the host's own freezing in train() must not undo `trainable`.
-        if 'frozen_stages' in cfg:
-            cfg['frozen_stages'] = -1
-        with FillRecorder() as recorder, _quiet():
-            backbone = MODELS.build(cfg)
-            if getattr(backbone, 'frozen_stages', -1) != -1:
-                backbone.frozen_stages = -1
-            if hasattr(backbone, 'init_weights'):
-                backbone.init_weights()
-        if not has_file:
-            return backbone, None
-        filled = recorder.filled(backbone)
-        self._check_filled(backbone, filled, recorder.file_shapes)
-        return backbone, filled
-
-    @staticmethod
-    def _check_filled(backbone: nn.Module, filled: set[str], file: dict[str, tuple]) -> None:
-        names = [n for n, _ in backbone.named_parameters()]
-        count = sum(n in filled for n in names)
-        if count >= MINIMUM_FILLED * len(names):
-            return
-        wanted = {k: tuple(t.shape) for k, t in backbone.state_dict().items()}
-        hint = ''
-        for prefix in {k.split('.')[0] + '.' for k in file}:
-            if sum(prefix + k in file for k in wanted) > len(wanted) / 2:
-                hint = f'; backbone.init_cfg.prefix={prefix!r} would fit'
-        shapes = [f'{k} (file {file[k]}, backbone {shape})' for k, shape in wanted.items()
-                  if file.get(k, shape) != shape]
-        if shapes:
-            hint += f'; shapes that differ: {", ".join(shapes[:3])}'
-        raise PretrainedFileError(
-            f'the pre-trained file fills {count} of {len(names)} parameters of '
-            f'{type(backbone).__name__}, expected at least {MINIMUM_FILLED:.0%}{hint}. '
-            f"backbone.init_cfg: {getattr(backbone, 'init_cfg', None)}. Keys of the file begin "
-            f'with {list(file)[:3]}, those of the backbone with {list(wanted)[:3]}')
-
-    def _freeze_backbone(self, filled: set[str] | None) -> None:
+    def _freeze_backbone(self, built: Built) -> None:
         keep = []
-        if self.freeze == 'pretrained':
-            keep = [n for n, _ in self.backbone.named_parameters() if n not in (filled or ())]
+        if self.freeze == 'pretrained' and built.missing is None:
+            keep = [n for n, _ in self.backbone.named_parameters() if n not in (built.filled or ())]
         self.frozen_names = frozenset(
-            freeze(self.backbone, keep=keep, trainable=self.trainable,
+            freeze(self.backbone, keep=keep, trainable=self.trainable, fixed=built.fixed,
                    key='model.backbone.trainable'))
-        if keep:
-            print_log(f'the pre-trained file did not fill {len(keep)} parameters of '
-                      f'{type(self.backbone).__name__}; they train: {", ".join(keep)}',
+        trained = [n for n in keep if n not in built.fixed]
+        if trained:
+            print_log(f'the pre-trained file did not fill {len(trained)} parameters of '
+                      f'{type(self.backbone).__name__}; they train: {", ".join(trained)}',
                       logger='current')
+        if built.missing is not None:
+            print_log(f'{type(self.backbone).__name__} has random weights: {built.source} cannot '
+                      f'be had ({built.missing}); a full checkpoint has to fill it',
+                      logger='current', level=logging.WARNING)
 
     def _add_prompts(self, prompt: dict, stages: str | Sequence[str]) -> None:
         found, remarks = find_stages(self.backbone, stages)
         for remark in remarks:
             print_log(remark, logger='current', level=logging.WARNING)
         last = found[-1].path
+        if self.last_stage == 'serial' and remarks.is_last_unread:
+            raise ValueError("last_stage='serial' passes on the last prompt alone, but no output "
+                             f'of {type(self.backbone).__name__} depends on it ({remarks[-1]}); '
+                             'let the backbone return feature maps (backbone.out_type, say), or '
+                             "use last_stage='residual'")
         if self.last_stage == 'none':
             found = [stage for stage in found if stage.path != last]
         modules = dict(self.backbone.named_modules())
@@ -278,11 +257,34 @@ class PromptedBackbone(BaseModule):
         Returns:
             What the wrapped backbone returns.
         """
-        self._image = tuple(x.shape[-2:])
-        if torch.is_grad_enabled() and (
-                x.requires_grad or any(p.requires_grad for p in self.parameters())):
-            return self.backbone(x, *args, **kwargs)
-        return run_channels_last(self.backbone, x, *args, **kwargs)
+        self.require_weights()
+        outer = calls.current(self) or calls.Call(None)
+        call = calls.Call(tuple(x.shape[-2:]), outer.plain, outer.norms)
+        with calls.opened(self, call):
+            if not torch.is_grad_enabled() or not (
+                    x.requires_grad or any(p.requires_grad for p in self.parameters())):
+                return run_channels_last(self.backbone, x, *args, **kwargs)
+            outputs = self.backbone(x, *args, **kwargs)
+        if self._has_tokens and not is_recorded():
+            calls.keep_with_graph(self, call, tensors_in(outputs))
+        return outputs
+
+    @property
+    def _has_tokens(self) -> bool:
+        """Whether a prompt has to know the size of the images."""
+        return any(stage.layout.kind == 'NLC' for stage in self.stages)
+
+    @property
+    def lacks_weights(self) -> bool:
+        """Whether the backbone has random weights, as its file could not be had."""
+        return self._missing is not None
+
+    def require_weights(self) -> None:
+        """Raises :class:`PretrainedFileError` where the backbone has random weights."""
+        if self._missing is not None:
+            raise PretrainedFileError(
+                f'backbone: {self.frozen_source} cannot be had ({self._missing}), and no full '
+                'checkpoint has filled the backbone')
 
     def apply_prompt(self, stage: Stage, x: Tensor, args: tuple = (), kwargs: dict | None = None):
         """Adds the prompt to one stage's feature (or replaces it, for a serial last stage).
@@ -297,10 +299,13 @@ class PromptedBackbone(BaseModule):
         Returns:
             Tensor: The prompted feature, in the same layout.
         """
+        call = calls.current(self)
+        if call is not None and call.plain:
+            return x
         to_map, from_map = self._as_map(stage, x, (*args, *(kwargs or {}).values()))
         block, note = self.prompts[stage.name], None
-        if self._norms is not None:
-            note = partial(_note_norms, self._norms, stage.name)
+        if call is not None and call.norms is not None:
+            note = partial(_note_norms, call.norms, stage.name)
         serial = self.last_stage == 'serial' and stage.path == self.stages[-1].path
         if not serial and getattr(block, 'lean_adds', False):
             return block(x, to_map, from_map, note)
@@ -309,7 +314,10 @@ class PromptedBackbone(BaseModule):
         if note is not None:
             note(prompt, feature)
         prompt = from_map(prompt)
-        return prompt if serial else x + prompt
+        if not serial:
+            return x + prompt
+        extra = stage.layout.extra_tokens  # which have no prompt to be replaced by
+        return torch.cat((x[:, :extra], prompt[:, extra:]), dim=1) if extra else prompt
 
     def _as_map(self, stage: Stage, x: Tensor, arguments: tuple):
         """The way from the feature to (N, C, H, W), and the way back for the prompt."""
@@ -322,13 +330,8 @@ class PromptedBackbone(BaseModule):
         grid = next((a for a in arguments if isinstance(a, (tuple, list)) and len(a) == 2
                      and all(isinstance(n, int) for n in a) and a[0] * a[1] == x.size(1) - extra),
                     None)
-        if grid is None and self._image is not None:
-            grid = token_grid(x.size(1), self._image, layout.stride, extra)
         if grid is None:
-            raise ValueError(
-                f'{type(self.backbone).__name__}.{stage.path}: {x.size(1)} tokens with {extra} '
-                f'extra ones fit no grid of stride {layout.stride:g} on images of {self._image}; '
-                f'the feature has shape {tuple(x.shape)}')
+            grid = self._grid_of(stage, x)
 
         def to_map(x: Tensor) -> Tensor:
             return x[:, extra:].transpose(1, 2).reshape(x.size(0), x.size(2), *grid)
@@ -339,14 +342,31 @@ class PromptedBackbone(BaseModule):
 
         return to_map, from_map
 
+    def _grid_of(self, stage: Stage, x: Tensor) -> tuple[int, int]:
+        """Height and width of the grid behind the tokens of a stage."""
+        extra, stride = stage.layout.extra_tokens, stage.layout.stride
+        images = calls.images(self)
+        grids = {token_grid(x.size(1), image, stride, extra) for image in images} - {None}
+        if len(grids) == 1:
+            return grids.pop()
+        where = f'{type(self.backbone).__name__}.{stage.path}'
+        if grids:
+            raise ValueError(
+                f'{where}: {x.size(1)} tokens may be a grid of any of {sorted(grids)}: layers are '
+                'run again for the backward pass while graphs of images of several sizes are alive;'
+                ' switch activation checkpointing off (backbone.with_cp=False), or call backward '
+                'before the next forward')
+        raise ValueError(
+            f'{where}: {x.size(1)} tokens with {extra} extra ones fit no grid of stride '
+            f'{stride:g} on images of {images or "unknown size"}; the feature has shape '
+            f'{tuple(x.shape)}')
+
     @contextlib.contextmanager
-    def record_norms(self):
-        """While open, forwards note (||P(x)||, ||x||) by stage name in the dict that it yields."""
-        self._norms = norms = {}
-        try:
-            yield norms
-        finally:
-            self._norms = None
+    def record_norms(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """While open, forwards of this thread note (||P(x)||, ||x||) by stage name in the dict that
+        it yields."""
+        with calls.opened(self, calls.Call(None, norms={})) as call:
+            yield call.norms
 
     # --- modes, weights, state ----------------------------------------------------------------
 
@@ -357,13 +377,38 @@ class PromptedBackbone(BaseModule):
         return self
 
     def init_weights(self) -> None:
-        """Draws the prompts' weights anew. The backbone has had its weights since construction."""
+        """Draws the prompts' weights anew. The backbone has had its weights since construction.
+
+        Raises:
+            PretrainedFileError: It has not, as its file could not be had.
+        """
         if self._is_init:
             return
+        self.require_weights()
         for prompt in self.prompts.values():
             if hasattr(prompt, 'init_weights'):
                 prompt.init_weights()
         self._is_init = True
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> PromptedBackbone:
+        """As PyTorch's, except that frozen tensors keep their values: an ``init_cfg`` of the model
+        around this backbone draws new weights for all layers of a type in this way.
+
+        Args:
+            fn (Callable): Called with every submodule and this module.
+        """
+        for child in self.children():
+            if child is self.backbone:
+                apply_to_the_rest(child, fn, self.frozen_names)
+            else:
+                child.apply(fn)
+        fn(self)
+        return self
+
+    def _replicate_for_data_parallel(self):
+        raise NotImplementedError(
+            'PromptedBackbone does not run under nn.DataParallel, whose replicas would share the '
+            "first one's prompts; use DistributedDataParallel (tools/dist_train.sh)")
 
     def frozen_tensors(self) -> dict[str, Tensor]:
         """The frozen parameters and buffers by dotted name in ``backbone``."""
@@ -371,10 +416,48 @@ class PromptedBackbone(BaseModule):
 
     def refresh_fingerprint(self) -> None:
         """Computes the fingerprint of the frozen tensors as they are now."""
-        sha = fingerprint(_identity(self.frozen_tensors()))
+        tensors = identity(self.frozen_tensors())
+        sha = fingerprint(tensors)
         self.frozen_fingerprint.copy_(sha)
         # No buffer: DistributedDataParallel would overwrite it with the first process's.
         self.own_fingerprint = bytes(sha.tolist()).hex()
+        self.frozen_dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+
+    def function_of(self, frozen: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Summarises what the backbone returns for a small image, without prompts and with them,
+        where everything that trains has fixed values.
+
+        Args:
+            frozen (Mapping[str, Tensor], optional): Other values for the frozen tensors, by dotted
+                name in ``backbone``. Defaults to None.
+
+        Returns:
+            Tensor: As ``frozen_function``.
+        """
+        tensors = {f'backbone.{name}': value for name, value in (frozen or {}).items()}
+        dtypes = [p.dtype for p in self.parameters() if p.is_floating_point()]
+        # Weights that are stored in 16 bits compute in the precision of their input.
+        dtype = torch.float32 if torch.float32 in dtypes else next(iter(dtypes), torch.float32)
+        found = []
+        with pinned(self, [f'backbone.{name}' for name in self.frozen_names], tensors), \
+                undisturbed(self), torch.inference_mode(False), torch.no_grad():
+            for shape in image_shapes(self.backbone):
+                try:
+                    for plain in (True, False):
+                        torch.manual_seed(0)
+                        images = noise(self.backbone, shape, 2).to(dtype)
+                        with calls.opened(self, calls.Call(shape[1:], plain)):
+                            found.append(summary(tensors_in(self.backbone(images))))
+                    return pack(found)
+                except Exception:  # whatever it is: not at this size
+                    found.clear()
+        return torch.zeros_like(self.frozen_function)
+
+    @staticmethod
+    def function_distance(first: Tensor, second: Tensor) -> tuple[float, float]:
+        """How far two values of ``frozen_function`` are apart, without and with prompts."""
+        plain, prompted = difference(first, second)
+        return plain, prompted
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         check_incoming(self, state_dict, prefix)
@@ -407,11 +490,6 @@ def _note_norms(norms: dict, name: str, prompt: Tensor, feature: Tensor) -> None
     norms[name] = prompt.detach().float().norm(), feature.detach().float().norm()
 
 
-def _identity(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What makes a backbone the same one: all but counters that nothing frozen reads."""
-    return {n: t for n, t in tensors.items() if n.rpartition('.')[2] not in OPTIONAL_BUFFERS}
-
-
 def _drop_frozen(module: PromptedBackbone, destination, prefix: str, _) -> None:
     """State-dict hook: leaves out exactly the frozen tensors of this module."""
     for name in module.frozen_names:
@@ -424,29 +502,10 @@ def _after_load(module: PromptedBackbone, incompatible) -> None:
     frozen = {f'{prefix}backbone.{n}' for n in module.frozen_names}
     incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in frozen]
     if expected is not None:
+        module._missing = None
         expected.verify(module)
 
 
 def _check_choice(key: str, value, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f'{key} must be one of {choices}, got {value!r}')
-
-
-def _names_file(init_cfg) -> bool:
-    """Whether an ``init_cfg`` (a dict or a list of them) names a pre-trained file."""
-    if isinstance(init_cfg, dict):
-        kind = init_cfg.get('type')
-        return kind == 'Pretrained' or getattr(kind, '__name__', '') == 'PretrainedInit'
-    return isinstance(init_cfg, (list, tuple)) and any(map(_names_file, init_cfg))
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Keeps MMEngine's list of every parameter's initialisation off the console."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -46,6 +46,15 @@ class Stage:
         return self.layout.stride
 
 
+class Remarks(list):
+    """Sentences on stages that get no prompt.
+
+    Attributes:
+        is_last_unread (bool): Whether the last stage is among them.
+    """
+    is_last_unread = False
+
+
 @dataclass(frozen=True)
 class _Unit:
     """A module on the way through the backbone, and the features it returned, by output index."""
@@ -137,7 +146,7 @@ def _outermost(path: str, trace: Trace) -> str:
 
 
 def find_stages(backbone: nn.Module,
-                stages: str | Sequence[str] = 'auto') -> tuple[list[Stage], list[str]]:
+                stages: str | Sequence[str] = 'auto') -> tuple[list[Stage], Remarks]:
     """Finds the stage ends of a backbone.
 
     Args:
@@ -146,7 +155,7 @@ def find_stages(backbone: nn.Module,
             stages. Defaults to 'auto'.
 
     Returns:
-        tuple[list[Stage], list[str]]: The stages in the order in which they run, and remarks on
+        tuple[list[Stage], Remarks]: The stages in the order in which they run, and remarks on
         stages that were left out (nothing reads them).
 
     Raises:
@@ -168,7 +177,7 @@ def find_stages(backbone: nn.Module,
         if not stages:
             raise StageError('stages is an empty list; prompt=None is the way to have no prompts')
     trace = dry_run(backbone)
-    remarks: list[str] = []
+    remarks = Remarks()
     if isinstance(stages, str):
         found = _auto(backbone, trace)
     else:
@@ -189,6 +198,7 @@ def find_stages(backbone: nn.Module,
                 which = path if index is None else f'{path}[{index}]'
                 remarks.append(f'{which} ({layout.channels} channels) gets no prompt: no output of '
                                f'{type(backbone).__name__} depends on it')
+        remarks.is_last_unread = not maps
         number += bool(maps)
         for index, layout in maps.items():
             name = f'stage{number}' if len(maps) == 1 else f'stage{number}_{index}'

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmprotune.frozen.dry_run import image_shapes, noise, tensors_in, undisturbed
 
 from .layout import Layout, describe
 
 _BATCH = 2
-# Colour first; grey for a backbone that takes nothing else.
-DRY_RUN_CHANNELS = (3, 1)
 
 
 class StageError(ValueError):
@@ -98,34 +97,41 @@ def _record(backbone: nn.Module, shape: tuple[int, int, int]) -> Trace:
 
 def read_features(backbone: nn.Module, trace: Trace,
                   ends: Iterable[str]) -> set[tuple[str, int | None]]:
-    """Which of the features at the stage ends an output of the backbone depends on: a zero that
-    requires a gradient is added to each, and looked for in the graph behind the outputs."""
+    """Which of the features at the stage ends an output of the backbone depends on: zeros that
+    require a gradient are added to each, and looked for in the graph behind the outputs.
+
+    Where tokens belong to no pixel, the graph does not tell: a class token is cut out of the very
+    tensor that holds the pixels. There the gradient of the pixels decides. (Elsewhere it would not:
+    dead activations of a random network let none pass.)
+    """
     ends = set(ends)
     zeros: dict[int, tuple[str, int | None]] = {}
-    keep_alive: list = []
+    markers: dict[tuple[str, int | None], Tensor] = {}
 
     def hook(path):
 
         def add(module, args, output):
             if path not in ends:
                 return None
+            maps = trace.maps(path)
 
             def marked(index, tensor):
-                zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device, requires_grad=True)
-                zeros[id(zero)] = (path, index)
-                keep_alive.append(zero)
-                return tensor + zero
+                extra = maps[index].extra_tokens if index in maps else 0
+                zero = torch.zeros_like(tensor[:, extra:] if extra else tensor.flatten()[0])
+                zeros[id(zero.requires_grad_())] = (path, index)
+                markers[path, index] = zero
+                return tensor + (F.pad(zero, (0, 0, extra, 0)) if extra else zero)
 
             if isinstance(output, Tensor):
                 return marked(None, output)
-            maps = trace.maps(path)
             new = {id(output[i]): marked(i, output[i]) for i in maps}
             return type(output)(new.get(id(item), item) for item in output)
 
         return add
 
     with _dry(backbone, trace.shape, hook) as run, torch.enable_grad():
-        nodes = [t.grad_fn for t in tensors_in(run()) if t.grad_fn is not None]
+        outputs = [t for t in tensors_in(run()) if t.grad_fn is not None]
+    nodes = [t.grad_fn for t in outputs]
     found, seen = set(), set()
     while nodes:
         node = nodes.pop()
@@ -136,6 +142,16 @@ def read_features(backbone: nn.Module, trace: Trace,
         if leaf is not None and id(leaf) in zeros:
             found.add(zeros[id(leaf)])
         nodes += [n for n, _ in node.next_functions if n is not None]
+    mixed = [key for key in found if markers[key].dim()]
+    if mixed:
+        generator = torch.Generator().manual_seed(0)
+        directions = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
+        before = [(p, p.grad) for p in backbone.parameters()]
+        # Of every leaf: checkpointed layers of the host know no other kind.
+        torch.autograd.backward(outputs, directions)
+        for parameter, gradient in before:
+            parameter.grad = gradient
+        found -= {key for key in mixed if not markers[key].grad.any()}
     return found
 
 

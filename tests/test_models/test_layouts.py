@@ -7,6 +7,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import nn
 
+from mmprotune.models import calls
 from tests.conftest import RESNET18, build, wake
 from tests.test_models.test_stages import SWIN
 
@@ -91,9 +92,9 @@ def test_channels_last_by_hand():
 
 def test_tokens_that_fit_no_grid():
     model = prompted(dict(type='ToyTokens'))
-    model._image = (48, 80)
-    with pytest.raises(ValueError, match=r'ToyTokens\.blocks\.0: 17 tokens with 0 extra ones fit '
-                       r'no grid of stride 16 on images of \(48, 80\).*shape \(1, 17, 8\)'):
+    message = (r'ToyTokens\.blocks\.0: 17 tokens with 0 extra ones fit no grid of stride 16 on '
+               r'images of \[\(48, 80\)\].*shape \(1, 17, 8\)')
+    with calls.opened(model, calls.Call((48, 80))), pytest.raises(ValueError, match=message):
         model.apply_prompt(model.stages[0], torch.zeros(1, 17, 8))
 
 

@@ -5,14 +5,36 @@ import pickle
 import pytest
 import torch
 from mmdet.registry import MODELS as DET_MODELS
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import DefaultScope
 from mmengine.runner.checkpoint import get_state_dict
 from torch import nn
 
-from mmprotune import PromptedBackbone, audit
+from mmprotune import FrozenSnapshot, FrozenTensorsChanged, PromptedBackbone, audit
+from mmprotune.checkpoint import full_state_dict
 from mmprotune.models.prompted_backbone import PretrainedFileError
+from tests.classification import classification_scope, classifier_cfg
 from tests.conftest import RESNET18, build, wake
 from tests.test_models.test_stages import SWIN
+
+
+@ROOT_MODELS.register_module(force=True)
+class ToyFixed(BaseModule):
+    """A backbone with a random table that it keeps from training."""
+
+    def __init__(self, init_cfg=None):
+        super().__init__(init_cfg)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(8, 1, 1)) for _ in range(8))
+        self.table = nn.Parameter(torch.rand(8, 1, 1), requires_grad=False)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)) + self.table
+        for scale in self.scales:
+            x = x * scale
+        return (x, )
 
 
 def plain(prompted):
@@ -208,8 +230,109 @@ def test_a_prefix_that_would_fit_is_named(prompted_cfg, resnet18_file, tmp_path)
 
 def test_a_file_that_does_not_exist(prompted_cfg):
     prompted_cfg['backbone']['init_cfg']['checkpoint'] = 'no/such.pth'
-    with pytest.raises(FileNotFoundError, match='no/such.pth can not be found'):
-        build(prompted_cfg)
+    model = build(prompted_cfg)  # a full checkpoint may follow
+    message = 'no/such.pth cannot be had .*no/such.pth can not be found.*no full checkpoint'
+    x = torch.randn(1, 3, 64, 64)
+    with pytest.raises(PretrainedFileError, match=message):
+        model(x)
+    with pytest.raises(PretrainedFileError, match=message):
+        model.init_weights()  # as a Runner does before it trains
+
+
+def test_a_full_checkpoint_stands_in_for_a_file_that_does_not_exist(prompted_cfg):
+    trained, slim = build(prompted_cfg).eval(), build(prompted_cfg).state_dict()
+    wake(trained)
+    lost = copy.deepcopy(prompted_cfg)
+    lost['backbone']['init_cfg']['checkpoint'] = 'no/such.pth'
+    model = build(lost, seed=7).eval()
+    with pytest.raises(PretrainedFileError, match='no/such.pth cannot be had'):
+        model.load_state_dict(slim)
+    assert str(model.load_state_dict(full_state_dict(trained))) == \
+        '<All keys matched successfully>'
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for found, expected in zip(model(x), trained(x)):
+            torch.testing.assert_close(found, expected)
+    audit(model)
+
+
+# --- initialisation by the model around it -----------------------------------------------------
+
+INIT_CFG = [dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02),
+            dict(type='Constant', layer=['_BatchNorm', 'LayerNorm'], val=1., bias=0.)]
+
+
+def classifier(backbone: dict, init_cfg=INIT_CFG):
+    with classification_scope():
+        return build(dict(classifier_cfg(backbone), init_cfg=init_cfg))
+
+
+@pytest.mark.parametrize('lean', [True, False])
+def test_an_init_cfg_of_the_model_leaves_what_is_frozen(prompted_cfg, lean):
+    model = classifier(dict(prompted_cfg, lean=lean))
+    before = FrozenSnapshot(model)
+    head = model.head.fc.weight.clone()
+    wake(model)
+    model.init_weights()
+    assert before.moved(model) == []
+    audit(model)
+    assert not torch.equal(model.head.fc.weight, head)  # it did something
+    assert not model.backbone.prompts.stage1.expand.weight.any()  # and prompts start at zero
+
+
+def test_what_the_file_did_not_fill_is_still_initialised(tmp_path, resnet18_file):
+    weights = {k: v for k, v in torch.load(resnet18_file).items() if 'layer4.1.bn2' not in k}
+    torch.save(weights, tmp_path / 'file.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'))
+    backbone = dict(
+        type='mmprotune.PromptedBackbone', backbone=dict(RESNET18, init_cfg=init_cfg))
+    model = classifier(backbone, [
+        dict(type='Constant', layer='_BatchNorm', val=3.)])
+    model.init_weights()
+    assert model.backbone.backbone.layer4[1].bn2.weight.eq(3).all()
+    assert not model.backbone.backbone.layer4[0].bn2.weight.eq(3).any()
+
+
+def test_the_audit_sees_what_moved_before_it_looked(prompted_cfg):
+    model = build(prompted_cfg)
+    audit(model)
+    with torch.no_grad():
+        model.backbone.layer2[0].conv1.weight[0, 0, 0, 0] += 1
+    for snapshot in (None, FrozenSnapshot(model)):
+        with pytest.raises(FrozenTensorsChanged, match='not what they were.*expected finger'):
+            audit(model, snapshot)
+    model.refresh_fingerprint()
+    audit(model)
+
+
+def test_conversion_to_another_dtype_is_no_change(prompted_cfg):
+    audit(build(prompted_cfg).bfloat16())
+
+
+@pytest.mark.parametrize('trainable', [(), ('.*', )])
+def test_what_the_backbone_keeps_from_training_does_not_train(trainable, tmp_path):
+    """A sine-cosine table of positions, with a file that holds it and with one that does not."""
+    cfg = dict(type='ToyFixed')
+    for holds in (True, False):
+        weights = ToyFixed().state_dict()
+        if not holds:
+            weights.pop('table')
+        torch.save(weights, tmp_path / 'file.pth')
+        init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'))
+        model = build(dict(type='mmprotune.PromptedBackbone', prompt=None, trainable=trainable,
+                           backbone=dict(cfg, init_cfg=init_cfg)))
+        assert not model.backbone.table.requires_grad
+        assert model.backbone.conv.weight.requires_grad == bool(trainable)
+        # One that no file holds is random here, so that it has to be saved.
+        assert ('backbone.table' in model.state_dict()) is not holds
+    with pytest.raises(ValueError, match="'table' matches only parameters that the"):
+        build(dict(type='mmprotune.PromptedBackbone', trainable=['table'], freeze='all',
+                   backbone=cfg))
+
+
+def test_data_parallel_is_refused(prompted_cfg):
+    with pytest.raises(NotImplementedError, match='nn.DataParallel.*use DistributedDataParallel'):
+        build(prompted_cfg)._replicate_for_data_parallel()
 
 
 # --- arguments -------------------------------------------------------------------------------
@@ -268,7 +391,7 @@ def test_state_dict_is_slim(prompted_cfg, state_dict):
     keys = set(state_dict(model))
     prompts = {f'backbone.prompts.{n}' for n in model.backbone.prompts.state_dict()}
     # Buffers of parts that train are kept: the norm layer's statistics.
-    assert keys == prompts | {'backbone.frozen_fingerprint'} | {
+    assert keys == prompts | {'backbone.frozen_fingerprint', 'backbone.frozen_function'} | {
         f'head.{n}' for n in model.head.state_dict()}
 
 

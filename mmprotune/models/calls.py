@@ -1,0 +1,67 @@
+"""What belongs to one call of a prompted backbone: nothing of it lives on the module, so that calls
+in several threads, or several before one backward pass, do not see each other's."""
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+
+class Call:
+    """One call of a prompted backbone.
+
+    Attributes:
+        image (tuple[int, int], optional): Height and width of the images; None while calls of this
+            thread are only set up (norms, prompts or not).
+        plain (bool): Whether the backbone runs without its prompts.
+        norms (dict, optional): Where (||P(x)||, ||x||) are noted, by stage name.
+    """
+    __slots__ = ('__weakref__', 'image', 'norms', 'plain')
+
+    def __init__(self, image: tuple[int, int] | None, plain: bool = False,
+                 norms: dict[str, tuple[Tensor, Tensor]] | None = None) -> None:
+        self.image, self.plain, self.norms = image, plain, norms
+
+
+_thread = threading.local()
+# Calls whose graph is alive: a backward pass may run their layers again.
+_in_graphs: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Call]] = \
+    weakref.WeakKeyDictionary()
+
+
+def current(owner: nn.Module) -> Call | None:
+    """The innermost open call of a module on this thread."""
+    return next((call for of, call in reversed(getattr(_thread, 'calls', ())) if of is owner), None)
+
+
+@contextlib.contextmanager
+def opened(owner: nn.Module, call: Call) -> Iterator[Call]:
+    """While open, ``call`` is the current one of ``owner`` on this thread."""
+    if not hasattr(_thread, 'calls'):
+        _thread.calls = []
+    _thread.calls.append((owner, call))
+    try:
+        yield call
+    finally:
+        _thread.calls.pop()
+
+
+def keep_with_graph(owner: nn.Module, call: Call, outputs: Iterator[Tensor]) -> None:
+    """Remembers a call for as long as the graph behind its outputs lives."""
+    nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    for node in nodes:
+        node.metadata.setdefault(__name__, []).append(call)
+    if nodes:
+        _in_graphs.setdefault(owner, weakref.WeakSet()).add(call)
+
+
+def images(owner: nn.Module) -> list[tuple[int, int]]:
+    """Sizes (H, W) of the images that a module's layers may be running on now: those of the call;
+    while a backward pass runs layers again, those of every call whose graph is alive."""
+    call = current(owner)
+    if call is not None and call.image is not None:
+        return [call.image]
+    return sorted({c.image for c in _in_graphs.get(owner, ()) if c.image is not None})

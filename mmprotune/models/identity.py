@@ -1,0 +1,110 @@
+"""What a prompted backbone computes, as a few numbers to compare.
+
+Equal weights do not make equal networks: strides, dilations, the place of a stride, activations and
+where prompts stand are in no tensor. So a checkpoint carries a summary of what the network returns
+for a fixed small image, with fixed values in everything that trains. Settings would have to be
+known one by one, and are written differently by every version of every library.
+"""
+from __future__ import annotations
+
+import contextlib
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+PROJECTIONS = 8
+_ROWS = 4093
+
+
+def summary(outputs: Iterable[Tensor]) -> Tensor:
+    """Projects what a network returns onto fixed directions.
+
+    Args:
+        outputs (Iterable[Tensor]): Its outputs, of any shapes.
+
+    Returns:
+        Tensor: float32 of shape (PROJECTIONS + 1, ): projections of the outputs, each scaled to one
+        in the mean square, and the logarithm of their scale. A relative change of the outputs by
+        ``d`` moves each by about ``d``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    total, scales = torch.zeros(PROJECTIONS), []
+    for output in outputs:
+        if not output.is_floating_point() or not output.numel():
+            continue
+        y = output.detach().float().cpu().flatten()
+        scale = y.square().mean().sqrt().clamp_min(1e-30)
+        rows = nn.functional.pad(y / scale, (0, -len(y) % _ROWS)).view(-1, _ROWS)
+        left = torch.randn(PROJECTIONS, len(rows), generator=generator)
+        right = torch.randn(_ROWS, PROJECTIONS, generator=generator)
+        total += ((left @ rows) * right.t()).sum(1) / math.sqrt(len(y))
+        scales.append(scale.log())
+    count = max(1, len(scales))
+    return torch.cat([total / math.sqrt(count), torch.tensor([float(sum(scales)) / count])])
+
+
+def pack(summaries: Iterable[Tensor]) -> Tensor:
+    """Several summaries as uint8, which no cast to another precision and no average changes."""
+    return torch.cat(list(summaries)).view(torch.uint8)
+
+
+def difference(first: Tensor, second: Tensor) -> list[float]:
+    """How far packed summaries of the same kind are apart.
+
+    Args:
+        first, second (Tensor): What :func:`pack` returned.
+
+    Returns:
+        list[float]: The largest difference of each summary in them; 0 where one is unknown.
+    """
+    pairs = [t.cpu().contiguous().view(torch.float32).view(-1, PROJECTIONS + 1)
+             for t in (first, second)]
+    return [0. if not a.any() or not b.any() or not (a.isfinite() & b.isfinite()).all()
+            else float((a - b).abs().max()) for a, b in zip(*pairs)]
+
+
+@contextlib.contextmanager
+def pinned(module: nn.Module, frozen: Iterable[str],
+           tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """While open, whatever is not frozen has fixed values that depend on its name and shape only.
+
+    Args:
+        module (nn.Module): The network.
+        frozen (Iterable[str]): Dotted names of its frozen parameters and buffers.
+        tensors (Mapping[str, Tensor], optional): Values for frozen ones, by dotted name. Defaults
+            to None: those that they have.
+    """
+    frozen, tensors = set(frozen), tensors or {}
+    before: list[tuple[Tensor, Tensor]] = []
+    buffers = [(f'{path}.{name}' if path else name, buffer)
+               for path, owner in module.named_modules() for name, buffer in owner._buffers.items()
+               if buffer is not None and name not in owner._non_persistent_buffers_set]
+    try:
+        for name, tensor in (*module.named_parameters(), *buffers):
+            if name in frozen:
+                value = tensors.get(name, tensor.data).to(tensor.device)
+            elif not tensor.is_floating_point():
+                continue
+            elif isinstance(tensor, nn.Parameter):
+                value = _fixed_values(name, tensor)
+            else:  # statistics of a norm that trains
+                value = torch.full_like(tensor, float(name.endswith('var')))
+            before.append((tensor, tensor.data))
+            tensor.data = value
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
+
+
+def _fixed_values(name: str, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    values = torch.randn(like.shape, generator=generator)
+    if like.dim() > 1:
+        values = values / math.sqrt(max(1, like[0].numel()))
+    else:
+        values = values * 0.1 + float(name.rpartition('.')[2] in ('weight', 'gamma', 'scale'))
+    return values.to(like.device, like.dtype)

@@ -1,0 +1,186 @@
+"""Builds a backbone with its pre-trained weights, and tells which parameters those filled."""
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+
+from mmengine.config import ConfigDict
+from mmengine.logging import MMLogger
+from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
+from torch import nn
+
+from mmprotune.frozen import FillRecorder
+from mmprotune.registry import MODELS
+
+# A pre-trained file that fills less of the backbone than this is the wrong file.
+MINIMUM_FILLED = 0.9
+# Where backbones name their files, besides `init_cfg`.
+_FILE_KEYS = ('pretrained', 'checkpoint_path')
+
+
+class PretrainedFileError(ValueError):
+    """The pre-trained file is missing, or is not this backbone's."""
+
+
+@dataclass
+class Built:
+    """A backbone with its weights.
+
+    Attributes:
+        module (nn.Module): The backbone.
+        filled (set[str], optional): Parameters and buffers that its files filled; None where it
+            names no file.
+        fixed (set[str]): Parameters that the backbone itself keeps from training, sine-cosine
+            position tables for instance.
+        source (str, optional): Where the weights come from, for messages.
+        missing (str, optional): Why they could not be had; the weights are random then.
+    """
+    module: nn.Module
+    filled: set[str] | None
+    fixed: set[str]
+    source: str | None
+    missing: str | None = None
+
+
+def build_backbone(cfg: ConfigDict,
+                   pretrained: str | None = None,
+                   init_cfg: dict | None = None,
+                   frozen_from: str | None = None) -> Built:
+    """Builds a backbone and loads its weights.
+
+    A file that cannot be had is no error yet: a checkpoint that holds the backbone may follow.
+
+    Args:
+        cfg (ConfigDict): Config of a registered backbone; changed in place.
+        pretrained (str, optional): File for a backbone that names none itself. Defaults to None.
+        init_cfg (dict, optional): A ``Pretrained`` config, likewise. Defaults to None.
+        frozen_from (str, optional): Checkpoint of a whole model whose part for this backbone is
+            loaded last. Defaults to None.
+
+    Raises:
+        PretrainedFileError: The files fill less than 90% of the backbone.
+        ValueError: ``init_cfg`` is of another type.
+    """
+    if init_cfg is not None and not _names_file(init_cfg):
+        raise ValueError(f"init_cfg must be of type 'Pretrained' or None, got {init_cfg!r}")
+    has_file = _names_file(cfg.get('init_cfg')) or any(cfg.get(key) for key in _FILE_KEYS)
+    if not has_file and pretrained is not None:
+        init_cfg = dict(type='Pretrained', checkpoint=pretrained)
+    if not has_file and init_cfg is not None:
+        cfg.pop('pretrained', None)
+        cfg['init_cfg'] = ConfigDict(init_cfg) if isinstance(init_cfg, dict) else init_cfg
+        has_file = True
+    source = frozen_from or (_file_of(cfg) if has_file else None)
+    try:
+        with FillRecorder() as recorder, _quiet():
+            module = _build(cfg)
+            if frozen_from is not None:
+                _fill_from(module, frozen_from)
+    except OSError as error:  # no such file, or no way to its address
+        if source is None:
+            raise
+        for key in ('init_cfg', *_FILE_KEYS):
+            cfg.pop(key, None)
+        with _quiet():
+            module = _build(cfg)
+        return Built(module, None, _fixed(module), source, f'{type(error).__name__}: {error}')
+    if source is None:
+        return Built(module, None, _fixed(module), None)
+    filled = recorder.filled(module)
+    _check_filled(module, filled, recorder.file_shapes)
+    return Built(module, filled, _fixed(module), source)
+
+
+def _build(cfg: ConfigDict) -> nn.Module:
+    # Who wraps the backbone freezes it; the host's own freezing in train() must not undo that.
+    if 'frozen_stages' in cfg:
+        cfg['frozen_stages'] = -1
+        try:
+            module = MODELS.build(cfg)
+        except ValueError:  # EfficientNets count from 0, which freezes nothing
+            cfg['frozen_stages'] = 0
+            module = MODELS.build(cfg)
+    else:
+        module = MODELS.build(cfg)
+    if getattr(module, 'frozen_stages', -1) != -1:
+        module.frozen_stages = -1
+    if hasattr(module, 'init_weights'):
+        module.init_weights()
+    return module
+
+
+def _fixed(module: nn.Module) -> set[str]:
+    return {name for name, p in module.named_parameters(remove_duplicate=False)
+            if not p.requires_grad}
+
+
+def _fill_from(module: nn.Module, path: str) -> None:
+    """Loads the part of a whole model's checkpoint that belongs to a backbone."""
+    weights = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='current')
+    for key in ('state_dict', 'model'):
+        weights = weights.get(key, weights)
+    names = list(module.state_dict())
+    prefixes = {key[:-len(name)] for name in names[:20] for key in weights
+                if key == name or key.endswith(f'.{name}')}
+    if not prefixes:
+        raise PretrainedFileError(
+            f'frozen_from: {path} holds nothing of a {type(module).__name__}: its keys begin with '
+            f'{list(weights)[:3]}, those of the backbone with {names[:3]}')
+    # Of two that fit alike, as a student's and a teacher's, always the same one.
+    prefix = min(prefixes, key=lambda p: (-sum(p + name in weights for name in names), len(p), p))
+    load_state_dict(module, {key[len(prefix):]: value for key, value in weights.items()
+                             if key.startswith(prefix)}, logger='current')
+
+
+def _check_filled(module: nn.Module, filled: set[str], file: dict[str, tuple]) -> None:
+    names = [name for name, _ in module.named_parameters()]
+    count = sum(name in filled for name in names)
+    if count >= MINIMUM_FILLED * len(names):
+        return
+    wanted = {key: tuple(t.shape) for key, t in module.state_dict().items()}
+    hint = ''
+    for prefix in {key.split('.')[0] + '.' for key in file}:
+        if sum(prefix + key in file for key in wanted) > len(wanted) / 2:
+            hint = f'; backbone.init_cfg.prefix={prefix!r} would fit'
+    shapes = [f'{key} (file {file[key]}, backbone {shape})' for key, shape in wanted.items()
+              if file.get(key, shape) != shape]
+    if shapes:
+        hint += f'; shapes that differ: {", ".join(shapes[:3])}'
+    raise PretrainedFileError(
+        f'the pre-trained file fills {count} of {len(names)} parameters of '
+        f'{type(module).__name__}, expected at least {MINIMUM_FILLED:.0%}{hint}. '
+        f"backbone.init_cfg: {getattr(module, 'init_cfg', None)}. Keys of the file begin "
+        f'with {list(file)[:3]}, those of the backbone with {list(wanted)[:3]}')
+
+
+def _names_file(init_cfg) -> bool:
+    """Whether an ``init_cfg`` (a dict or a list of them) names a pre-trained file."""
+    return _checkpoint_of(init_cfg) is not None
+
+
+def _checkpoint_of(init_cfg) -> str | None:
+    if isinstance(init_cfg, dict):
+        kind = init_cfg.get('type')
+        if kind == 'Pretrained' or getattr(kind, '__name__', '') == 'PretrainedInit':
+            return str(init_cfg.get('checkpoint'))
+        return None
+    found = map(_checkpoint_of, init_cfg if isinstance(init_cfg, (list, tuple)) else ())
+    return next((path for path in found if path is not None), None)
+
+
+def _file_of(cfg: dict) -> str:
+    return _checkpoint_of(cfg.get('init_cfg')) or next(
+        str(cfg[key]) for key in _FILE_KEYS if cfg.get(key))
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keeps MMEngine's list of every parameter's initialisation off the console."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
