@@ -83,7 +83,7 @@ def test_other_ways_to_write_the_same_are_the_same(same):
 def test_precision_moves_it_little(convert):
     model = prompted(BASIC)
     distances = difference(convert(copy.deepcopy(model)).function_of(), model.frozen_function)
-    assert 0 < max(distances) < 0.02
+    assert 0 < max(distances) < 0.03  # the tolerance for 16 bits
 
 
 def test_training_and_other_start_values_do_not_change_it(resnet18_file):

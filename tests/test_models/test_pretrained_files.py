@@ -174,3 +174,43 @@ def test_too_little_is_an_error_with_both_sides_keys(resnet, tmp_path):
                                r"expected at least 90%.*begin with \['conv1.weight'.*backbone with "
                                r"\['conv1.weight'"):
                 prompted(RESNET, file)
+
+
+# --- a whole model's checkpoint ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('prefix', ['', 'backbone.', 'student.backbone.', 'backbone.backbone.'])
+def test_the_part_of_a_whole_model_fills_the_backbone(resnet, prefix, tmp_path):
+    torch.save(dict(state_dict={
+        **{f'{prefix}{k}': v for k, v in resnet.items() if not k.startswith('fc')},
+        **{k.replace('student', 'teacher'): v + 1 for k, v in {
+            f'{prefix}{k}': v for k, v in resnet.items()}.items() if 'student' in prefix},
+        'neck.conv.weight': torch.zeros(8, 64, 1, 1)}), tmp_path / 'whole.pth')
+    model = build(dict(type='mmprotune.PromptedBackbone', backbone=RESNET,
+                       frozen_from=str(tmp_path / 'whole.pth')))
+    assert not trains(model)
+    assert same(model, resnet) == set(model.backbone.state_dict())
+    assert model.frozen_source == str(tmp_path / 'whole.pth')
+
+
+def test_a_whole_models_checkpoint_comes_after_the_backbones_own_file(resnet, tmp_path):
+    """What it does not hold stays as the own file filled it, frozen too."""
+    torch.save(resnet, tmp_path / 'own.pth')
+    later = {f'backbone.{k}': v + 1 for k, v in resnet.items() if k.startswith('layer')}
+    torch.save(later, tmp_path / 'whole.pth')
+    backbone = dict(RESNET, init_cfg=dict(
+        type='Pretrained', checkpoint=str(tmp_path / 'own.pth')))
+    model = build(dict(type='mmprotune.PromptedBackbone', backbone=backbone,
+                       frozen_from=str(tmp_path / 'whole.pth')))
+    assert not trains(model)
+    assert torch.equal(model.backbone.conv1.weight, resnet['conv1.weight'])
+    assert torch.equal(model.backbone.layer1[0].conv1.weight, resnet['layer1.0.conv1.weight'] + 1)
+
+
+def test_a_whole_model_of_something_else(tmp_path):
+    from mmprotune.models.prompted_backbone import PretrainedFileError
+    torch.save({'backbone.features.0.weight': torch.zeros(1)}, tmp_path / 'vgg.pth')
+    with pytest.raises(PretrainedFileError, match=r'frozen_from: .*vgg.pth holds nothing of a '
+                       r"ResNet.*'backbone.features.0.weight'.*'conv1.weight'"):
+        build(dict(type='mmprotune.PromptedBackbone', backbone=RESNET,
+                   frozen_from=str(tmp_path / 'vgg.pth')))

@@ -3,9 +3,10 @@ import torch
 from mmdet.registry import MODELS
 from torch import nn
 
+from mmprotune.models import calls
 from mmprotune.models.layout import Layout, describe, token_grid
 from mmprotune.models.stages import StageError, find_stages
-from tests.conftest import RESNET18
+from tests.conftest import RESNET18, build, wake
 
 SWIN = dict(type='SwinTransformer', embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8))
 
@@ -172,3 +173,44 @@ def test_no_stage_lists_candidates():
         find_stages(backbone)
     stages, _ = find_stages(backbone, ['stem', 'pool'])
     assert [(s.channels, s.stride) for s in stages] == [(4, 2), (4, 4)]
+
+
+CLS_TOKEN_VIT = dict(type='mmpretrain.VisionTransformer', patch_size=16, img_size=64, arch=dict(
+    embed_dims=48, num_layers=4, num_heads=3, feedforward_channels=96))
+
+
+@pytest.mark.parametrize('out_type, prompts', [
+    ('cls_token', 3), ('featmap', 4), ('avg_featmap', 4), ('raw', 4)])
+def test_the_last_prompt_of_a_vit_acts_where_its_pixels_are_returned(out_type, prompts):
+    """A class token has seen the pixels of every layer but the last."""
+    cfg = dict(type='mmprotune.PromptedBackbone', freeze='all',
+               backbone=dict(CLS_TOKEN_VIT, out_type=out_type))
+    model = build(cfg)
+    assert [s.path for s in model.stages] == [f'layers.{i}' for i in range(prompts)]
+    wake(model)
+    sum(t.square().mean() for t in model(torch.randn(2, 3, 64, 64))).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.prompts.parameters())
+    if prompts == 4:
+        serial = build(dict(cfg, last_stage='serial')).eval()
+        with torch.no_grad():
+            one, other = (serial(torch.randn(1, 3, 64, 64))[0] for _ in range(2))
+        assert not torch.equal(one, other)
+
+
+def test_serial_where_no_output_depends_on_the_last_prompt():
+    with pytest.raises(ValueError, match=r"last_stage='serial' .* no output of VisionTransformer "
+                       r"depends on it \(layers.3 \(48 channels\).*backbone.out_type"):
+        build(dict(type='mmprotune.PromptedBackbone', freeze='all', last_stage='serial',
+                   backbone=dict(CLS_TOKEN_VIT, out_type='cls_token')))
+
+
+def test_a_class_token_passes_a_serial_last_stage():
+    model = build(dict(type='mmprotune.PromptedBackbone', freeze='all', last_stage='serial',
+                       backbone=dict(CLS_TOKEN_VIT, out_type='raw', final_norm=False))).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        tokens, = model(x)
+        with calls.opened(model, calls.Call((64, 64), plain=True)):
+            plain, = model(x)
+    torch.testing.assert_close(tokens[:, 0], plain[:, 0])
+    assert not torch.allclose(tokens[:, 1:], plain[:, 1:])
