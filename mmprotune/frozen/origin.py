@@ -44,6 +44,17 @@ def check_frozen(*parameters: Tensor | None) -> None:
             'instead, or set model.backbone.lean=False')
 
 
+def unviewed(y: Tensor) -> Tensor:
+    """What a custom function may return: ``y`` with the same memory, no view as autograd sees it.
+
+    PyTorch lets nobody change a view in place that was made inside a custom function.
+
+    Args:
+        y (Tensor): A tensor whose base, if it is a view, nobody else holds.
+    """
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
 def cast(weight: Tensor | None, x: Tensor) -> Tensor | None:
     """A weight that is stored in a lower precision than ``x``, in the dtype of ``x``.
 

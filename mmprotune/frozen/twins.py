@@ -96,7 +96,8 @@ class _Conv(Twin):
     @staticmethod
     def suits(module: nn.Module) -> bool:
         own = getattr(type(module), '_conv_forward', None)
-        stock = {getattr(c, '_conv_forward', None) for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+        stock = {getattr(c, '_conv_forward', None) for c in (
+            nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.conv._ConvNd)}  # transposed: the base's
         return _has_weight(module) and (own is None or own in stock)
 
     def _settings(self, x: Tensor, output_size) -> lean.Convolution:
