@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,43 @@ class FrozenLayerError(RuntimeError):
 def is_recorded() -> bool:
     """Whether ``torch.compile`` or a tracer records the operators instead of running them."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+class _Calls(threading.local):
+    """What runs on this thread."""
+    networks = 0
+
+
+_calls = _Calls()
+
+
+def run_folded(network: Callable, *args, **kwargs):
+    """Runs a network with its norms folded into its convolutions, where they can be.
+
+    Args:
+        network (Callable): The network.
+        *args, **kwargs: Handed on to it.
+
+    Returns:
+        What the network returns.
+    """
+    if is_recorded():
+        return network(*args, **kwargs)
+    _calls.networks += 1
+    try:
+        return network(*args, **kwargs)
+    finally:
+        _calls.networks -= 1
+
+
+def is_running() -> bool:
+    """Whether :func:`run_folded` is at work on this thread, or autograd, which computes parts of a
+    network again for activation checkpointing. Elsewhere somebody calls a layer by itself."""
+    if _calls.networks:
+        return True
+    # Private; without it, parts that are computed again run unfolded, to the same result.
+    task = getattr(torch._C, '_current_graph_task_id', None)
+    return task is not None and task() != -1
 
 
 def builds_graph(*tensors: Tensor | None) -> bool:

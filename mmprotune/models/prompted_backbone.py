@@ -28,6 +28,7 @@ from mmprotune.frozen.lean import (
                      make_lean,
                      store_weights,
 )
+from mmprotune.frozen.origin import run_folded
 from mmprotune.registry import MODELS
 
 from .layout import token_grid
@@ -281,7 +282,7 @@ class PromptedBackbone(BaseModule):
         self._image = tuple(x.shape[-2:])
         if torch.is_grad_enabled() and (
                 x.requires_grad or any(p.requires_grad for p in self.parameters())):
-            return self.backbone(x, *args, **kwargs)
+            return run_folded(self.backbone, x, *args, **kwargs)
         return run_channels_last(self.backbone, x, *args, **kwargs)
 
     def apply_prompt(self, stage: Stage, x: Tensor, args: tuple = (), kwargs: dict | None = None):

@@ -1,6 +1,7 @@
 """What lean functions and layers return is an ordinary tensor: the next layer may change it."""
 import copy
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from torch.nn import functional as F
 from mmprotune.frozen import activations, twins
 from mmprotune.frozen import functional as lean
 from mmprotune.models.prompt_block import PromptBlock
-
 
 
 def change_a_part(y):
@@ -187,10 +187,11 @@ def test_functions_that_keep_their_output(name):
 def test_products_by_onednn(shape, layout):
     """They are in single precision, and only at such sizes."""
     weight, bias = draw(96, 64, dtype=torch.float32), draw(96, dtype=torch.float32)
+    x = tensor(shape, layout, dtype=torch.float32)
     for b in (None, bias):
         for change in CHANGES.values():
-            compare(lambda x: lean.linear(x, weight, b, fast=True), lambda x: F.linear(x, weight, b),
-                    tensor(shape, layout, dtype=torch.float32), change, tolerance=1e-3)
+            compare(partial(lean.linear, weight=weight, bias=b, fast=True),
+                    partial(F.linear, weight=weight, bias=b), x, change, tolerance=1e-3)
 
 
 # --- layers -----------------------------------------------------------------------------------
@@ -308,10 +309,16 @@ def test_multihead_attention(batch_first, change):
     layer, stock = lean_layer(nn.MultiheadAttention(6, 2, batch_first=batch_first))
     for own in (layer, stock):
         own.eval()
+
+
+    def attend(module, x, to_itself):
+        other = x if to_itself else x * 2
+        return module(x, other, other, need_weights=False)[0]
+
     for shape in ((2, 5, 6), (5, 6)):
-        for other in (lambda x: x, lambda x: x * 2):  # attention to itself, and to another
-            compare(*(lambda x, m=m: m(x, other(x), other(x), need_weights=False)[0]
-                      for m in (layer, stock)), draw(*shape), CHANGES[change])
+        for to_itself in (True, False):
+            compare(partial(attend, layer, to_itself=to_itself),
+                    partial(attend, stock, to_itself=to_itself), draw(*shape), CHANGES[change])
 
 
 @pytest.mark.parametrize('layer', [nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardsigmoid, nn.Hardswish,

@@ -7,6 +7,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from mmcv.cnn.utils import fuse_conv_bn
 from mmengine.model import ExponentialMovingAverage, revert_sync_batchnorm
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -558,20 +559,66 @@ def test_weights_stored_in_bfloat16(name):
 # --- misuse -----------------------------------------------------------------------------------
 
 
-def test_a_weight_that_is_thawed_is_refused():
-    model = prompted()
-    model.backbone.layer3[0].conv1.weight.requires_grad_(True)
-    with pytest.raises(FrozenLayerError, match='model.backbone.trainable'):
-        model(images(1, 3, 64, 64))
+THAWED = {
+    'resnet': ['layer1.0.conv2.weight', 'layer3.0.bn1.bias', ''],
+    'swin': ['stages.1.blocks.1.attn.w_msa.relative_position_bias_table',
+             'stages.0.blocks.0.attn.w_msa.qkv.weight', 'stages.2.blocks.0.norm1.weight', ''],
+    'vit': ['layers.2.attn.attn.in_proj_weight', 'layers.5.attn.attn.out_proj.bias', ''],
+    'convnext': ['norm1.weight', 'downsample_layers.1.0.bias', ''],
+    'timm': ['bn1.weight', ''],
+}
+
+
+@pytest.mark.parametrize('name, thawed', [(n, t) for n, ts in THAWED.items() for t in ts])
+def test_a_parameter_that_is_thawed_gets_its_gradient(name, thawed):
+    """After construction, one or ('') all of them: the layer is an ordinary one then."""
+    model = prompted(SMALL[name], lean=dict(recompute=True)).double()
+    naive = ordinary(model)
+    chosen = []
+    for m in (model, naive):
+        chosen = [n for n, p in m.backbone.named_parameters() if n.endswith(thawed)]
+        for n, p in m.backbone.named_parameters():
+            p.requires_grad_(n in chosen)
+    assert chosen
+    x = images(1, 3, 96, 64, dtype=torch.float64)
+    (outputs, gradients), (expected, exact) = step(model, x), step(naive, x)
+    assert set(gradients) == set(exact) and {f'backbone.{n}' for n in chosen} <= set(exact)
+    assert distance(outputs, expected) < 1e-10
+    for n, gradient in exact.items():
+        assert (gradients[n] - gradient).norm() <= 1e-8 * gradient.norm().clamp_min(1e-8), n
     with torch.no_grad():
-        model(images(1, 3, 64, 64))
+        assert distance(outputs_of(model, x), expected) < 1e-10
 
 
-def test_a_folded_norm_that_is_thawed_is_refused():
-    model = prompted()
-    model.backbone.layer3[0].bn1.bias.requires_grad_(True)
-    with pytest.raises(FrozenLayerError, match='model.backbone.trainable'):
-        model(images(1, 3, 64, 64))
+@pytest.mark.parametrize('name', ['vit', 'swin', 'resnet'])
+def test_a_thawed_layer_whose_weights_are_stored_in_low_precision(name):
+    model = prompted(SMALL[name], backbone_dtype='bfloat16')
+    stored = {n: p for n, p in model.backbone.named_parameters() if p.dtype == torch.bfloat16}
+    for p in stored.values():
+        p.requires_grad_()
+    _, gradients = step(model, images(1, 3, 96, 64))
+    for n, p in stored.items():
+        assert gradients[f'backbone.{n}'].dtype == torch.bfloat16
+        assert gradients[f'backbone.{n}'].isfinite().all()
+        # Not a stand-in's: the layer has its parameters still.
+        assert model.backbone.get_parameter(n) is p
+
+
+@pytest.mark.parametrize('name', ['resnet', 'regnet', 'cspnext', 'mobileone'])
+def test_fused_norms(name):
+    """mmcv's ``fuse_conv_bn`` puts new convolutions' weights, which require gradients, in place."""
+    model = prompted(SMALL[name]).double().eval()
+    x = images(1, 3, 96, 64, dtype=torch.float64)
+    expected = [o.detach() for o in outputs_of(model, x)]
+    fused = fuse_conv_bn(copy.deepcopy(model))
+    assert any(p.requires_grad for p in fused.backbone.parameters())
+    naive = ordinary(fused)
+    (outputs, gradients), (_, exact) = step(fused, x), step(naive, x)
+    assert distance(outputs, expected) < 1e-10
+    assert set(gradients) == set(exact)
+    assert distance(gradients.values(), exact.values()) < 1e-8
+    with torch.no_grad():
+        assert distance(outputs_of(fused, x), expected) < 1e-10
 
 
 def test_batch_statistics_are_refused():
