@@ -304,7 +304,7 @@ def _fold(module: nn.Module, pairs: list[tuple[nn.Module, nn.Module]], dry_run: 
           report: LeanReport) -> None:
     places = {child: (parent, name) for parent in module.modules()
               for name, child in parent.named_children()}
-    pairs = [twins.Pair(conv, norm, *places[norm]) for conv, norm in pairs
+    pairs = [twins.Pair(conv, norm, *places[norm], module) for conv, norm in pairs
              if isinstance(conv, twins.Twin) and isinstance(norm, twins.Twin)]
     in_maps, expected = share_in_maps(module, dry_run)
     error = fold(pairs, dry_run, expected)

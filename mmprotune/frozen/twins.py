@@ -5,6 +5,7 @@ the class whose ``forward`` they run. A subclass with a ``forward`` of its own h
 """
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -92,10 +93,22 @@ class Pair:
         norm (nn.Module): The norm's twin.
         parent (nn.Module): The module that holds the norm.
         name (str): Its name there.
+        network (nn.Module): The network that both are in.
     """
 
-    def __init__(self, conv: nn.Module, norm: nn.Module, parent: nn.Module, name: str) -> None:
+    def __init__(self, conv: nn.Module, norm: nn.Module, parent: nn.Module, name: str,
+                 network: nn.Module) -> None:
         self.conv, self.norm, self.parent, self.name = conv, norm, parent, name
+        self.network = network
+
+    def __deepcopy__(self, memo: dict) -> Pair | None:
+        # A layer that is copied without its network is put elsewhere, as by PyTorch's
+        # `fuse_conv_bn_eval`: it is no half of a pair there.
+        if id(self.network) not in memo:
+            return None
+        memo[id(self)] = other = Pair.__new__(Pair)  # the two refer to it
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
 
     def is_active(self) -> bool:
         """Whether the two are one now: while their network runs, and not where somebody calls the
