@@ -1,7 +1,9 @@
 """Activations. What each keeps is in its docstring."""
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -244,14 +246,32 @@ class _Recomputed(Function):
         return grad.to(ctx.dtype), None, None, None, None
 
 
-# Called with (producer, bytes saved) where something could be computed again; set while planning.
-observer: Callable[[Producer, int], None] | None = None
+class _Watch(threading.local):
+    """Who plans on this thread."""
+    observer: Callable[[Producer, int], None] | None = None
+
+
+_watch = _Watch()
+
+
+@contextlib.contextmanager
+def observed(observer: Callable[[Producer, int], None]) -> Iterator[None]:
+    """While open, this thread tells what could be computed again.
+
+    Args:
+        observer (Callable): Takes the producer, and the bytes that would be saved.
+    """
+    before, _watch.observer = _watch.observer, observer
+    try:
+        yield
+    finally:
+        _watch.observer = before
 
 
 def observe(producer: Producer, kept: Kept, result: Tensor) -> None:
     """Tells the observer what keeping the producer's input instead of ``result`` would save."""
-    if observer is not None:
-        observer(producer, result.nbytes - (0 if kept.is_free else producer.x.nbytes))
+    if _watch.observer is not None:
+        _watch.observer(producer, result.nbytes - (0 if kept.is_free else producer.x.nbytes))
 
 
 def activation(x: Tensor, act: Smooth) -> Tensor:

@@ -39,6 +39,7 @@ from .origin import (
                      cast,
                      check_frozen,
                      is_recorded,
+                     unviewed,
                      without_autocast,
 )
 from .pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
@@ -274,7 +275,7 @@ class _Linear(Function):
     def forward(ctx, x, weight, bias, fast):
         ctx.save_for_backward(weight)
         ctx.dtype, ctx.fast = x.dtype, fast
-        return _linear(x, weight, bias, fast)
+        return unviewed(_linear(x, weight, bias, fast))
 
     @staticmethod
     @once_differentiable

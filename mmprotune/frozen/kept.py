@@ -1,6 +1,7 @@
 """Counts the bytes that autograd keeps for the backward pass."""
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 
@@ -24,7 +25,8 @@ class KeptBytes:
 
     Counted by storage: several views of one memory count once, for the module that saved it first.
     The model's own parameters and buffers do not count. Exact: whatever a function keeps it keeps
-    through ``save_for_backward``; outputs that the caller holds are not counted.
+    through ``save_for_backward``; outputs that the caller holds are not counted. What other threads
+    run meanwhile is not counted either.
 
     Args:
         model (nn.Module): The model whose forward pass is run inside the ``with`` block.
@@ -34,6 +36,7 @@ class KeptBytes:
         self._paths = {m: path for path, m in model.named_modules()}
         self._own = {_storage(t)[0] for t in (*model.parameters(), *model.buffers())}
         self._stack = ['']
+        self._thread = threading.get_ident()
         self._saved: list[weakref.ref[_Saved]] = []
         self._handles: list = []
         self._hooks = torch.autograd.graph.saved_tensors_hooks(
@@ -53,10 +56,12 @@ class KeptBytes:
             handle.remove()
 
     def _enter_module(self, module, _) -> None:
-        self._stack.append(self._paths.get(module, self._stack[-1]))
+        if threading.get_ident() == self._thread:  # these hooks are every thread's
+            self._stack.append(self._paths.get(module, self._stack[-1]))
 
     def _leave_module(self, *_) -> None:
-        self._stack.pop()
+        if threading.get_ident() == self._thread:
+            self._stack.pop()
 
     def _pack(self, tensor: Tensor) -> _Saved:
         saved = _Saved(tensor, self._stack[-1])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .origin import is_autocast, is_recorded
+from .origin import is_autocast, is_recorded, run_folded
 
 # Fewer multiplications than this take less time than it takes to call oneDNN.
 LEAST_PRODUCT = 2**20
@@ -80,8 +80,9 @@ def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def run_channels_last(network: nn.Module, x: Tensor, *args, **kwargs):
-    """Runs a network with its maps channels-last, as oneDNN likes them, where nothing needs a graph
-    and the network is known to give the same results (``lean_channels_last``).
+    """Runs a network with its norms folded, and with its maps channels-last, as oneDNN likes them,
+    where nothing needs a graph and the network is known to give the same results
+    (``lean_channels_last``).
 
     In a graph it would not pay: what reads the outputs would keep copies of them.
 
@@ -98,8 +99,9 @@ def run_channels_last(network: nn.Module, x: Tensor, *args, **kwargs):
              and x.is_contiguous() and x.numel() > 0
              and torch.backends.mkldnn.is_available() and not is_autocast('cpu'))
     if not suits:
-        return network(x, *args, **kwargs)
-    return _contiguous(network(x.contiguous(memory_format=torch.channels_last), *args, **kwargs))
+        return run_folded(network, x, *args, **kwargs)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _contiguous(run_folded(network, x, *args, **kwargs))
 
 
 def _contiguous(output):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import twins
 from .planning import (
@@ -22,6 +22,7 @@ from .planning import (
                      set_channels_last,
                      share_in_maps,
 )
+from .prompts import watch_additions
 
 # What frozen weights can be stored in.
 STORAGE_DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)
@@ -191,15 +192,9 @@ def make_lean(module: nn.Module,
 
 def _check_additions(prompts: nn.Module, dry_run: DryRun, report: LeanReport) -> None:
     """Lets prompts keep their feature where the network changes prompted features in place."""
-    saved = []
-
-    def note(tensor: Tensor) -> Tensor:
-        saved.append((tensor, tensor._version))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with watch_additions() as added:
         outputs = dry_run()
-    if outputs is None or all(t._version == version for t, version in saved):
+    if outputs is None or all(t._version == version for t, version in added):
         return
     for block in prompts.modules():
         if isinstance(block, twins.PROMPTS):
@@ -309,7 +304,7 @@ def _fold(module: nn.Module, pairs: list[tuple[nn.Module, nn.Module]], dry_run: 
           report: LeanReport) -> None:
     places = {child: (parent, name) for parent in module.modules()
               for name, child in parent.named_children()}
-    pairs = [twins.Pair(conv, norm, *places[norm]) for conv, norm in pairs
+    pairs = [twins.Pair(conv, norm, *places[norm], module) for conv, norm in pairs
              if isinstance(conv, twins.Twin) and isinstance(norm, twins.Twin)]
     in_maps, expected = share_in_maps(module, dry_run)
     error = fold(pairs, dry_run, expected)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,43 @@ class FrozenLayerError(RuntimeError):
 def is_recorded() -> bool:
     """Whether ``torch.compile`` or a tracer records the operators instead of running them."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+class _Calls(threading.local):
+    """What runs on this thread."""
+    networks = 0
+
+
+_calls = _Calls()
+
+
+def run_folded(network: Callable, *args, **kwargs):
+    """Runs a network with its norms folded into its convolutions, where they can be.
+
+    Args:
+        network (Callable): The network.
+        *args, **kwargs: Handed on to it.
+
+    Returns:
+        What the network returns.
+    """
+    if is_recorded():
+        return network(*args, **kwargs)
+    _calls.networks += 1
+    try:
+        return network(*args, **kwargs)
+    finally:
+        _calls.networks -= 1
+
+
+def is_running() -> bool:
+    """Whether :func:`run_folded` is at work on this thread, or autograd, which computes parts of a
+    network again for activation checkpointing. Elsewhere somebody calls a layer by itself."""
+    if _calls.networks:
+        return True
+    # Private; without it, parts that are computed again run unfolded, to the same result.
+    task = getattr(torch._C, '_current_graph_task_id', None)
+    return task is not None and task() != -1
 
 
 def builds_graph(*tensors: Tensor | None) -> bool:
@@ -42,6 +80,17 @@ def check_frozen(*parameters: Tensor | None) -> None:
             'a lean layer gives its own parameters no gradient, but requires_grad of one of them '
             'was set to True after the model was built; name it in model.backbone.trainable '
             'instead, or set model.backbone.lean=False')
+
+
+def unviewed(y: Tensor) -> Tensor:
+    """What a custom function may return: ``y`` with the same memory, no view as autograd sees it.
+
+    PyTorch lets nobody change a view in place that was made inside a custom function.
+
+    Args:
+        y (Tensor): A tensor whose base, if it is a view, nobody else holds.
+    """
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def cast(weight: Tensor | None, x: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import activations, twins
 from .dry_run import image_shapes, noise, tensors_in, undisturbed
 from .kept import KeptBytes
-from .origin import Producer
+from .origin import Producer, run_folded
 
 # Work is compared at a usual size: on small images, padding distorts it.
 USUAL_SIZE = (224, 224)
@@ -75,7 +75,8 @@ class DryRun:
             shape = self.shape if size is None else (self.shape[0], *size)
             images = noise(self.root, shape, batch).to(self._dtype)
             try:
-                return list(tensors_in(self.root(images.requires_grad_(bool(through)))))
+                images = images.requires_grad_(bool(through))
+                return list(tensors_in(run_folded(self.root, images)))
             except Exception as error:  # whatever it is: not at this size
                 self.error = self.error or f'{type(error).__name__}: {error}'
         return None
@@ -272,14 +273,13 @@ def plan(module: nn.Module, budget: float, dry_run: DryRun) -> list[str]:
     handles = [layer.register_forward_hook(note_work) for layer in layers.values()]
     for layer in layers.values():
         layer.__dict__['lean_marks'] = True
-    activations.observer = observe
     try:
-        if dry_run(size=USUAL_SIZE) is None:
-            found.clear()
-            work = 0
-            dry_run()
+        with activations.observed(observe):
+            if dry_run(size=USUAL_SIZE) is None:
+                found.clear()
+                work = 0
+                dry_run()
     finally:
-        activations.observer = None
         for handle in handles:
             handle.remove()
         for layer in layers.values():

@@ -5,7 +5,9 @@ is the sum less the prompt.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +17,25 @@ from torch.autograd.function import once_differentiable
 from .origin import FrozenLayerError, Precision, without_autocast
 
 aten = torch.ops.aten
+
+
+class _Watch(threading.local):
+    """What this thread's dry run notes: prompted features, each with its version."""
+    added: list[tuple[Tensor, int]] | None = None
+
+
+_watch = _Watch()
+
+
+@contextlib.contextmanager
+def watch_additions() -> Iterator[list[tuple[Tensor, int]]]:
+    """While open, notes each prompted feature that this thread computes, in a graph or without one,
+    and its version then, in the list that it yields."""
+    before, _watch.added = _watch.added, []
+    try:
+        yield _watch.added
+    finally:
+        _watch.added = before
 
 
 class PromptAddition:
@@ -27,7 +48,8 @@ class PromptAddition:
     Args:
         first (Callable): The 1x1 convolution, from (N, C, H, W) to (N, hidden, H, W).
         weight, bias (Tensor): Its parameters.
-        rest (Callable): What follows it, to the prompt, (N, C, H, W).
+        rest (Callable): What follows it, to the prompt, (N, C, H, W). Takes the narrow tensor and,
+            to compute with them instead of its parameters, as many tensors.
         parameters (Sequence[Tensor]): The parameters of ``rest``.
         to_map (Callable): From the feature as its stage returns it to (N, C, H, W).
         from_map (Callable): The way back. Both are linear and move elements only.
@@ -39,7 +61,7 @@ class PromptAddition:
                  first: Callable[[Tensor], Tensor],
                  weight: Tensor,
                  bias: Tensor,
-                 rest: Callable[[Tensor], Tensor],
+                 rest: Callable[..., Tensor],
                  parameters: Sequence[Tensor],
                  to_map: Callable[[Tensor], Tensor],
                  from_map: Callable[[Tensor], Tensor],
@@ -57,9 +79,13 @@ class PromptAddition:
         Returns:
             Tensor: The prompted feature, likewise.
         """
-        if not torch.is_grad_enabled():
-            return self.forward(x)[0]
-        return _Add.apply(x, self, self.weight, self.bias, *self.parameters)
+        if torch.is_grad_enabled():
+            y = _Add.apply(x, self, self.weight, self.bias, *self.parameters)
+        else:
+            y = self.forward(x)[0]
+        if _watch.added is not None:
+            _watch.added.append((y, y._version))
+        return y
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The prompted feature and the narrow tensor, without a graph."""
@@ -101,13 +127,17 @@ class _Add(Function):
                 f'before the prompt was added ({error})') from error
         addition = ctx.addition
         wants_x, _, wants_weight, wants_bias, *wants = ctx.needs_input_grad
+        # Stand-ins: the parameters' own hooks run once, when autograd gets to the parameters, and
+        # the values are those of the forward pass, whatever the block holds now.
+        own = [p.detach().requires_grad_(wanted) for p, wanted in zip(parameters, wants)]
+        trained = [p for p in own if p.requires_grad]
+        hidden = hidden.detach().requires_grad_()
         with torch.enable_grad(), ctx.precision():
-            hidden = hidden.detach().requires_grad_()
-            prompt = addition.from_map(addition.rest(hidden))
-        trained = [p for p, wanted in zip(parameters, wants) if wanted]
-        found = iter(torch.autograd.grad(
-            prompt, (hidden, *trained), grad.to(prompt.dtype)))
-        inner = next(found)
+            # A view: PyTorch's counters of operations hook what modules read, and fail on a leaf.
+            prompt = addition.from_map(addition.rest(hidden.view_as(hidden), own))
+        inner, *found = torch.autograd.grad(
+            prompt, (hidden, *trained), grad.to(prompt.dtype), allow_unused=True)
+        found = iter(found)
         gradients = [next(found) if wanted else None for wanted in wants]
         with without_autocast(grad):
             x = addition.to_map(_combine(torch.sub, y, prompt.detach())).to(inner.dtype)

@@ -5,19 +5,21 @@ the class whose ``forward`` they run. A subclass with a ``forward`` of its own h
 """
 from __future__ import annotations
 
+import copy
 import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import activations
 from . import functional as lean
 from .kernels import pointwise, suits_pointwise
-from .origin import FrozenLayerError, builds_graph, is_recorded
+from .origin import FrozenLayerError, builds_graph, is_recorded, is_running
 from .prompts import PromptAddition
 
 
@@ -50,6 +52,38 @@ class Twin:
     def _owner(self) -> str | None:
         return self.lean_owner if self.lean_marks else None
 
+    def _trains(self) -> bool:
+        """Whether a parameter of its own has to get a gradient: somebody set ``requires_grad``
+        later, or put another one in its place, as tools that fuse norms do."""
+        return torch.is_grad_enabled() and any(
+            p is not None and p.requires_grad for p in self._parameters.values())
+
+    def _stock(self, x: Tensor, *args):
+        """What the stock layer computes, gradients of its parameters included. Weights that are
+        stored in a lower precision are converted."""
+        own = dict(self.named_parameters())
+        converted = {n: lean.cast(p, x) for n, p in own.items()}
+        same = all(converted[n] is p for n, p in own.items())
+        return self.stock_class.forward(self if same else stand_in(self, converted), x, *args)
+
+
+def stand_in(module: nn.Module, parameters: Mapping[str, Tensor], prefix: str = '') -> nn.Module:
+    """A module that computes with other tensors in place of its parameters. The module itself stays
+    as it is meanwhile, for other threads.
+
+    Args:
+        module (nn.Module): The module.
+        parameters (Mapping[str, Tensor]): Tensors by dotted name; the rest are the module's own.
+        prefix (str): What their names begin with. Defaults to ''.
+    """
+    other = module.__new__(type(module))
+    other.__dict__.update(
+        module.__dict__,
+        _parameters={n: parameters.get(prefix + n, p) for n, p in module._parameters.items()},
+        _modules={n: None if child is None else stand_in(child, parameters, f'{prefix}{n}.')
+                  for n, child in module._modules.items()})
+    return other
+
 
 class Pair:
     """A frozen convolution and the frozen norm that alone reads its output.
@@ -59,26 +93,43 @@ class Pair:
         norm (nn.Module): The norm's twin.
         parent (nn.Module): The module that holds the norm.
         name (str): Its name there.
+        network (nn.Module): The network that both are in.
     """
 
-    def __init__(self, conv: nn.Module, norm: nn.Module, parent: nn.Module, name: str) -> None:
+    def __init__(self, conv: nn.Module, norm: nn.Module, parent: nn.Module, name: str,
+                 network: nn.Module) -> None:
         self.conv, self.norm, self.parent, self.name = conv, norm, parent, name
+        self.network = network
+
+    def __deepcopy__(self, memo: dict) -> Pair | None:
+        # A layer that is copied without its network is put elsewhere, as by PyTorch's
+        # `fuse_conv_bn_eval`: it is no half of a pair there.
+        if id(self.network) not in memo:
+            return None
+        memo[id(self)] = other = Pair.__new__(Pair)  # the two refer to it
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
 
     def is_active(self) -> bool:
-        """Whether the two are one now. Hooks on either see what they would see in the stock
-        network, so with hooks they are two; so they are once somebody replaces the norm (MMEngine's
-        ``revert_sync_batchnorm`` does), and while the network is recorded."""
+        """Whether the two are one now: while their network runs, and not where somebody calls the
+        convolution by itself. Hooks on either see what they would see in the stock network, so with
+        hooks they are two; so they are once somebody replaces the norm (MMEngine's
+        ``revert_sync_batchnorm`` does), the way that one of them is called, or lets one of them
+        train, and while the network is recorded."""
         conv, norm = self.conv, self.norm
-        return self.parent._modules.get(self.name) is norm and not (
-            norm.training or is_recorded() or conv._forward_hooks or norm._forward_hooks
+        return self.parent._modules.get(self.name) is norm and not is_recorded() and is_running(
+        ) and not (
+            norm.training or conv._forward_hooks or norm._forward_hooks
             or norm._forward_pre_hooks or conv._backward_hooks or norm._backward_hooks
             or conv._backward_pre_hooks or norm._backward_pre_hooks
+            or 'forward' in conv.__dict__ or 'forward' in norm.__dict__
+            or any(p is not None and p.requires_grad for p in (*conv._parameters.values(),
+                                                               *norm._parameters.values()))
             or conv.weight.device != norm.running_var.device)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """The norm as a factor and an offset for each channel."""
         norm = self.norm
-        lean.check_frozen(norm.weight, norm.bias)
         with torch.no_grad():
             scale = torch.rsqrt(norm.running_var + norm.eps)
             if norm.weight is not None:
@@ -96,7 +147,8 @@ class _Conv(Twin):
     @staticmethod
     def suits(module: nn.Module) -> bool:
         own = getattr(type(module), '_conv_forward', None)
-        stock = {getattr(c, '_conv_forward', None) for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+        stock = {getattr(c, '_conv_forward', None) for c in (
+            nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.conv._ConvNd)}  # transposed: the base's
         return _has_weight(module) and (own is None or own in stock)
 
     def _settings(self, x: Tensor, output_size) -> lean.Convolution:
@@ -115,6 +167,8 @@ class _Conv(Twin):
             self.stride, padding, self.dilation, self.groups, pad=pad, pad_mode=mode)
 
     def forward(self, x: Tensor, output_size=None) -> Tensor:
+        if self._trains():
+            return self._stock(x, *(() if output_size is None else (output_size, )))
         conv = self._settings(x, output_size)
         pair = self.lean_pair
         if pair is None or not pair.is_active():
@@ -141,6 +195,8 @@ class _Linear(Twin):
         return _has_weight(module)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._trains():
+            return self._stock(x)
         return lean.linear(x, self.weight, self.bias, self._owner(), self.lean_fast)
 
 
@@ -156,13 +212,15 @@ class _BatchNorm(Twin):
                 f'{self.lean_owner}: a lean {self.stock_class.__name__} is frozen, its statistics '
                 'too, but is in training mode; call eval() on it, or set lean=False')
         pair = self.lean_pair
-        if pair is not None and pair.is_active():
-            if getattr(x, '_lean_normed_by', None) is not pair:
-                raise FrozenLayerError(
-                    f'{self.lean_owner}: expected the output of {pair.conv.lean_owner} as it is, '
-                    'got another tensor; set lean=dict(fold=False)')
+        if pair is not None and getattr(x, '_lean_normed_by', None) is pair:
             del x._lean_normed_by
             return x
+        if pair is not None and pair.is_active():
+            raise FrozenLayerError(
+                f'{self.lean_owner}: expected the output of {pair.conv.lean_owner} as it is, '
+                'got another tensor; set lean=dict(fold=False)')
+        if self._trains():
+            return self._stock(x)
         self._check_input_dim(x)
         return lean.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
@@ -171,6 +229,8 @@ class _BatchNorm(Twin):
 class _LayerNorm(Twin):
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._trains():
+            return self._stock(x)
         return lean.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -178,8 +238,9 @@ class _LayerNorm2d(Twin):
     """mmpretrain's, over the channels of (N, C, H, W) or (N, H, W, C)."""
 
     def forward(self, x: Tensor, data_format: str = 'channel_first') -> Tensor:
-        if x.dim() != 4 or data_format not in ('channel_first', 'channel_last'):
-            return super().forward(x, data_format)
+        known = x.dim() == 4 and data_format in ('channel_first', 'channel_last')
+        if not known or self._trains():
+            return self._stock(x, data_format)
         settings = self.normalized_shape, self.weight, self.bias, self.eps
         if data_format == 'channel_last':
             return lean.layer_norm(x, *settings)
@@ -189,6 +250,8 @@ class _LayerNorm2d(Twin):
 class _GroupNorm(Twin):
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._trains():
+            return self._stock(x)
         return lean.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
@@ -300,6 +363,9 @@ class _MultiheadAttention(Twin):
     lean_drops_weights = False
     lean_sdpa = False
 
+    def _trains(self) -> bool:  # it computes with its child's parameters
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+
     def forward(self,
                 query: Tensor,
                 key: Tensor,
@@ -313,13 +379,11 @@ class _MultiheadAttention(Twin):
             (self.lean_drops_weights or not need_weights) and not is_recorded()
             and key_padding_mask is None and attn_mask is None and not is_causal
             and self._qkv_same_embed_dim and self.bias_k is None and not self.add_zero_attn
-            and not (self.training and self.dropout) and query.dim() == 3)
+            and not (self.training and self.dropout) and query.dim() == 3
+            and not self._trains())
         if not covered:
-            rest = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            own = {n: lean.cast(p, query) for n, p in self.named_parameters()}
-            if any(p.dtype != own[n].dtype for n, p in self.named_parameters()):
-                return functional_call(self, own, (query, key, value, *rest))
-            return super().forward(query, key, value, *rest)
+            return self._stock(query, key, value, key_padding_mask, need_weights, attn_mask,
+                               average_attn_weights, is_causal)
         same = query is key and key is value
         if self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
@@ -349,12 +413,25 @@ class _MultiheadAttention(Twin):
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
+class _Calls(threading.local):
+    """Calls that this thread is in: the map that a window attention's windows are cut from, and
+    how, from the call of the module around it until its own."""
+
+    def __init__(self) -> None:
+        self.rearrangements: dict[nn.Module, tuple[Tensor, Callable[[Tensor], Tensor]]] = {}
+
+
+_calls = _Calls()
+
+
 class _WindowMSA(Twin):
     """Attention within windows with a relative position bias, of mmdet, mmseg and mmpretrain."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        rearrangement = self.__dict__.pop('_lean_rearrangement', None)
-        if (self.training and self.attn_drop.p) or is_recorded():
+        if is_recorded():
+            return super().forward(x, mask)
+        rearrangement = _calls.rearrangements.pop(self, None)
+        if (self.training and self.attn_drop.p) or self._trains():
             return super().forward(x, mask)
         if rearrangement is not None:
             query, windows = rearrangement
@@ -374,13 +451,15 @@ class _ShiftWindowMSA(Twin):
     """The shifted windows of mmdet and mmseg: tells what the windows are a rearrangement of."""
 
     def forward(self, query: Tensor, hw_shape) -> Tensor:
-        if builds_graph(query) and isinstance(self.w_msa, _WindowMSA):
-            self.w_msa.__dict__['_lean_rearrangement'] = (
-                query, lambda query: self._lean_windows(query, hw_shape))
+        msa = self.w_msa
+        # A hook may hand on other windows than it gets.
+        if not (builds_graph(query) and isinstance(msa, _WindowMSA)) or msa._forward_pre_hooks:
+            return super().forward(query, hw_shape)
+        _calls.rearrangements[msa] = query, lambda query: self._lean_windows(query, hw_shape)
         try:
             return super().forward(query, hw_shape)
         finally:
-            self.w_msa.__dict__.pop('_lean_rearrangement', None)
+            _calls.rearrangements.pop(msa, None)
 
     def _lean_windows(self, query: Tensor, hw_shape) -> Tensor:
         size = self.window_size
@@ -410,25 +489,39 @@ class _PromptBlock(Twin):
     def lean_adds(self) -> bool:
         """Whether it may add its prompt itself now: hooks see what they see on a stock block."""
         return self.lean_prompts == 'output' and not is_recorded() and not any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-            for m in self.modules())
+            map(_is_hooked, self.modules()))
 
     def forward(self, x: Tensor, *addition) -> Tensor:
         """The prompt of a feature map. With ``addition``, the last three arguments of
         :class:`~mmprotune.frozen.prompts.PromptAddition`: the feature with its prompt."""
         if addition:
-            tail = [p for m in (self.spatial, self.norm, self.act, self.expand)
-                    for p in m.parameters()]
-            if self.scale is not None:
-                tail.append(self.scale)
+            tail = {n: p for n, p in self.named_parameters(remove_duplicate=False)
+                    if not n.startswith('reduce.')}
+
+            def rest(hidden: Tensor, others: Sequence[Tensor] | None = None) -> Tensor:
+                block = self if others is None else stand_in(self, dict(zip(tail, others)))
+                return block._lean_rest(hidden)
+
             return PromptAddition(partial(self._lean_pointwise, self.reduce), self.reduce.weight,
-                                  self.reduce.bias, self._lean_rest, tail, *addition)(x)
+                                  self.reduce.bias, rest, list(tail.values()), *addition)(x)
+        # What hooks see is computed once.
         if (not torch.is_grad_enabled() or is_recorded() or x.dim() != 4
-                or x.size(1) != self.channels):
+                or x.size(1) != self.channels
+                or any(_is_hooked(m) for m in self.modules() if m is not self)):
             return super().forward(x)
         if self.lean_prompts == 'input':
-            return _again(super().forward, x)
-        return _again(self._lean_rest, self.reduce(x))
+            return self._lean_again(self.stock_class.forward, x)
+        return self._lean_again(type(self)._lean_rest, self.reduce(x))
+
+    def _lean_again(self, method: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
+        """Applies a method whose backward pass applies it again, with the parameters of now."""
+        named = dict(self.named_parameters(remove_duplicate=False))
+
+        def compute(x: Tensor, *parameters: Tensor) -> Tensor:
+            return method(stand_in(self, dict(zip(named, parameters))), x)
+
+        return checkpoint(compute, x, *named.values(), use_reentrant=False,
+                          preserve_rng_state=False)
 
     def _lean_rest(self, hidden: Tensor) -> Tensor:
         hidden = self.act(self.norm(self.spatial(hidden)))
@@ -439,11 +532,6 @@ class _PromptBlock(Twin):
         if self.lean_fast and not torch.is_grad_enabled() and suits_pointwise(x, conv.weight):
             return pointwise(x, conv.weight.flatten(1), conv.bias)
         return conv(x)
-
-
-def _again(function, x: Tensor) -> Tensor:
-    """Applies a function whose backward pass applies it again."""
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 # --- who has which twin -----------------------------------------------------------------------
@@ -501,6 +589,11 @@ STOCK_STORES_WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttentio
 _classes: dict[tuple[type, type], type] = {}
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
+
+
 def _has_weight(module: nn.Module) -> bool:
     """Whether the weight is a parameter of the module itself, not computed by a hook."""
     return module._parameters.get('weight') is not None
@@ -531,10 +624,11 @@ def twin_of(module: nn.Module) -> type | None:
 def _lean_class(stock: type, mixin: type) -> type:
     key = stock, mixin
     if key not in _classes:
-        # Under the stock name, which messages and some hosts read.
-        _classes[key] = type(stock.__name__, (mixin, stock), dict(
+        # Under the stock name, which messages and some hosts read. Should two threads come here at
+        # once, both get the same class.
+        _classes.setdefault(key, type(stock.__name__, (mixin, stock), dict(
             stock_class=stock, __module__=__name__, __qualname__=f'Lean{stock.__name__}',
-            __doc__=f'Lean twin of {stock.__qualname__}.'))
+            __doc__=f'Lean twin of {stock.__qualname__}.')))
     return _classes[key]
 
 

@@ -35,7 +35,7 @@ from mmprotune.frozen.lean import (
     make_lean,
     store_weights,
 )
-from mmprotune.frozen.origin import is_recorded
+from mmprotune.frozen.origin import is_recorded, run_folded
 from mmprotune.registry import MODELS
 
 from . import calls
@@ -264,7 +264,7 @@ class PromptedBackbone(BaseModule):
             if not torch.is_grad_enabled() or not (
                     x.requires_grad or any(p.requires_grad for p in self.parameters())):
                 return run_channels_last(self.backbone, x, *args, **kwargs)
-            outputs = self.backbone(x, *args, **kwargs)
+            outputs = run_folded(self.backbone, x, *args, **kwargs)
         if self._has_tokens and not is_recorded():
             calls.keep_with_graph(self, call, tensors_in(outputs))
         return outputs

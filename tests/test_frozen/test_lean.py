@@ -7,8 +7,10 @@ from collections import namedtuple
 
 import pytest
 import torch
+from mmcv.cnn.utils import fuse_conv_bn
 from mmengine.model import ExponentialMovingAverage, revert_sync_batchnorm
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmprotune.frozen import functional
@@ -16,7 +18,7 @@ from mmprotune.frozen.dry_run import tensors_in
 from mmprotune.frozen.kept import KeptBytes
 from mmprotune.frozen.kernels import run_channels_last
 from mmprotune.frozen.lean import make_lean, restore, unfold
-from mmprotune.frozen.origin import FrozenLayerError
+from mmprotune.frozen.origin import FrozenLayerError, run_folded
 from mmprotune.frozen.twins import Twin
 from tests.conftest import RESNET18, build, wake
 
@@ -557,20 +559,66 @@ def test_weights_stored_in_bfloat16(name):
 # --- misuse -----------------------------------------------------------------------------------
 
 
-def test_a_weight_that_is_thawed_is_refused():
-    model = prompted()
-    model.backbone.layer3[0].conv1.weight.requires_grad_(True)
-    with pytest.raises(FrozenLayerError, match='model.backbone.trainable'):
-        model(images(1, 3, 64, 64))
+THAWED = {
+    'resnet': ['layer1.0.conv2.weight', 'layer3.0.bn1.bias', ''],
+    'swin': ['stages.1.blocks.1.attn.w_msa.relative_position_bias_table',
+             'stages.0.blocks.0.attn.w_msa.qkv.weight', 'stages.2.blocks.0.norm1.weight', ''],
+    'vit': ['layers.2.attn.attn.in_proj_weight', 'layers.5.attn.attn.out_proj.bias', ''],
+    'convnext': ['norm1.weight', 'downsample_layers.1.0.bias', ''],
+    'timm': ['bn1.weight', ''],
+}
+
+
+@pytest.mark.parametrize('name, thawed', [(n, t) for n, ts in THAWED.items() for t in ts])
+def test_a_parameter_that_is_thawed_gets_its_gradient(name, thawed):
+    """After construction, one or ('') all of them: the layer is an ordinary one then."""
+    model = prompted(SMALL[name], lean=dict(recompute=True)).double()
+    naive = ordinary(model)
+    chosen = []
+    for m in (model, naive):
+        chosen = [n for n, p in m.backbone.named_parameters() if n.endswith(thawed)]
+        for n, p in m.backbone.named_parameters():
+            p.requires_grad_(n in chosen)
+    assert chosen
+    x = images(1, 3, 96, 64, dtype=torch.float64)
+    (outputs, gradients), (expected, exact) = step(model, x), step(naive, x)
+    assert set(gradients) == set(exact) and {f'backbone.{n}' for n in chosen} <= set(exact)
+    assert distance(outputs, expected) < 1e-10
+    for n, gradient in exact.items():
+        assert (gradients[n] - gradient).norm() <= 1e-8 * gradient.norm().clamp_min(1e-8), n
     with torch.no_grad():
-        model(images(1, 3, 64, 64))
+        assert distance(outputs_of(model, x), expected) < 1e-10
 
 
-def test_a_folded_norm_that_is_thawed_is_refused():
-    model = prompted()
-    model.backbone.layer3[0].bn1.bias.requires_grad_(True)
-    with pytest.raises(FrozenLayerError, match='model.backbone.trainable'):
-        model(images(1, 3, 64, 64))
+@pytest.mark.parametrize('name', ['vit', 'swin', 'resnet'])
+def test_a_thawed_layer_whose_weights_are_stored_in_low_precision(name):
+    model = prompted(SMALL[name], backbone_dtype='bfloat16')
+    stored = {n: p for n, p in model.backbone.named_parameters() if p.dtype == torch.bfloat16}
+    for p in stored.values():
+        p.requires_grad_()
+    _, gradients = step(model, images(1, 3, 96, 64))
+    for n, p in stored.items():
+        assert gradients[f'backbone.{n}'].dtype == torch.bfloat16
+        assert gradients[f'backbone.{n}'].isfinite().all()
+        # Not a stand-in's: the layer has its parameters still.
+        assert model.backbone.get_parameter(n) is p
+
+
+@pytest.mark.parametrize('name', ['resnet', 'regnet', 'cspnext', 'mobileone'])
+def test_fused_norms(name):
+    """mmcv's ``fuse_conv_bn`` puts new convolutions' weights, which require gradients, in place."""
+    model = prompted(SMALL[name]).double().eval()
+    x = images(1, 3, 96, 64, dtype=torch.float64)
+    expected = [o.detach() for o in outputs_of(model, x)]
+    fused = fuse_conv_bn(copy.deepcopy(model))
+    assert any(p.requires_grad for p in fused.backbone.parameters())
+    naive = ordinary(fused)
+    (outputs, gradients), (_, exact) = step(fused, x), step(naive, x)
+    assert distance(outputs, expected) < 1e-10
+    assert set(gradients) == set(exact)
+    assert distance(gradients.values(), exact.values()) < 1e-8
+    with torch.no_grad():
+        assert distance(outputs_of(fused, x), expected) < 1e-10
 
 
 def test_batch_statistics_are_refused():
@@ -579,6 +627,63 @@ def test_batch_statistics_are_refused():
     with pytest.raises(FrozenLayerError, match=r'layer2\.0\.bn1: a lean BatchNorm2d is frozen, .* '
                                                r'in training mode'):
         model(images(1, 3, 64, 64))
+
+
+def test_norms_that_are_fused_by_pytorch():
+    """It puts a copy of the convolution in place."""
+    model = prompted().double().eval()
+    x = images(1, 3, 64, 64, dtype=torch.float64)
+    expected = [o.detach() for o in outputs_of(model, x)]
+    fused = copy.deepcopy(model)
+    for holder in (fused.backbone, *fused.backbone.layer1):
+        for conv, norm in (('conv1', 'bn1'), ('conv2', 'bn2')):
+            if hasattr(holder, conv):
+                setattr(holder, conv, fuse_conv_bn_eval(getattr(holder, conv),
+                                                        getattr(holder, norm)))
+                setattr(holder, norm, nn.Identity())
+    assert isinstance(fused.backbone.conv1, Twin)
+    (outputs, gradients), (_, exact) = step(fused, x), step(model, x)
+    assert distance(outputs, expected) < 1e-10
+    assert distance(gradients.values(), exact.values()) < 1e-8
+
+
+def test_a_layer_that_is_copied_alone_is_a_layer_alone():
+    model = prompted()
+    naive = ordinary(model)
+    conv = copy.deepcopy(model.backbone.layer3[0].conv2)
+    norm = copy.deepcopy(model.backbone.layer3[0].bn2)
+    assert conv.lean_pair is None and model.backbone.layer3[0].conv2.lean_pair is not None
+    x = images(1, conv.in_channels, 8, 8)
+    assert torch.equal(conv(x), naive.backbone.layer3[0].conv2(x))
+    assert torch.equal(norm(x), naive.backbone.layer3[0].bn2(x))
+    # In a network that runs it is one, too.
+    model.backbone.layer3[0].conv2, model.backbone.layer3[0].bn2 = conv, norm
+    images_ = images(1, 3, 64, 64)
+    assert distance(outputs_of(model, images_), outputs_of(naive, images_)) < 1e-5
+
+
+def test_transposed_convolutions():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+                        nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2), nn.BatchNorm2d(6),
+                        nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, 2)).eval()
+    for p in net.parameters():
+        p.requires_grad_(False)
+    net[1].running_mean.normal_(), net[4].running_mean.normal_()
+    naive = copy.deepcopy(net).double()
+    report = make_lean(net)
+    assert set(report.covered) == set('0123456') and ('3', '4') in report.folded
+    net.double()
+    x = images(2, 3, 12, 10, dtype=torch.float64)
+    (outputs, gradients), (expected, exact) = step(net, x), step(naive, x)
+    assert distance(outputs, expected) < 1e-10
+    assert distance(gradients.values(), exact.values()) < 1e-10
+    folded = run_folded(net, x.requires_grad_())
+    assert distance([folded], expected) < 1e-10
+    found = torch.autograd.grad(folded.sin().sum(), x)[0]
+    assert distance([found], torch.autograd.grad(naive(x).sin().sum(), x)) < 1e-10
+    y = naive[2](naive[1](naive[0](x)))
+    size = [naive[3](y).size(2) + 1, naive[3](y).size(3)]
+    assert torch.equal(net[3](y, size), naive[3](y, size))
 
 
 class OwnForward(nn.Conv2d):

@@ -4,6 +4,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmprotune.frozen.kept import KeptBytes
 from mmprotune.frozen.lean import restore
@@ -194,3 +197,151 @@ def test_a_step_between_forward_and_backward_is_refused():
         model.prompts['stage2'].expand.weight.add_(1)
     with pytest.raises(FrozenLayerError, match='or a parameter of its prompt block'):
         loss.backward()
+
+
+# --- hooks, counters, other parameters, checkpointing ------------------------------------------
+
+FORMS = [dict(prompts=p, fold=False) for p in ('output', 'bottleneck', 'input', False)]
+forms = pytest.mark.parametrize('lean', FORMS, ids=lambda lean: str(lean['prompts']))
+PRELU = dict(type='mmprotune.PromptBlock', act_cfg=dict(type='PReLU'), scale=0.5)
+
+
+@forms
+def test_hooks_of_parameters_run_once(lean):
+    model = prompted(prompt=PRELU, lean=lean)
+    x = images()
+    exact = gradients(model, x)[1]
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    seen, accumulated, all_of_them = [], [], []
+    for p in trained.values():
+        p.register_hook(lambda g: seen.append(1) or g * 0.5)
+        p.register_post_accumulate_grad_hook(lambda p: accumulated.append(p))
+    multi = register_multi_grad_hook(
+        tuple(trained.values()), lambda g: all_of_them.append([t is not None for t in g]))
+    found = gradients(model, x)[1]
+    multi.remove()
+    assert len(seen) == len(accumulated) == len({id(p) for p in accumulated}) == len(trained)
+    assert all_of_them == [[True] * len(trained)]
+    for name, gradient in exact.items():
+        torch.testing.assert_close(found[name], gradient * 0.5)
+
+
+@forms
+def test_hooks_of_a_parameter_that_does_not_train_do_not_run(lean):
+    model = prompted(prompt=PRELU, lean=lean)
+    seen = []
+    for block in model.prompts.values():
+        for p in (block.act.weight, block.reduce.bias, block.expand.weight):
+            p.register_hook(seen.append)
+            p.register_post_accumulate_grad_hook(seen.append)
+            p.requires_grad_(False)
+    found = gradients(model, images())[1]
+    assert not seen and len(found) == 5 * len(model.prompts)
+    assert all(block.act.weight.grad is None for block in model.prompts.values())
+
+
+@forms
+def test_a_step_whose_operations_are_counted(lean):
+    model = prompted(lean=lean)
+    x = images()
+    exact = gradients(model, x)[1]
+    with FlopCounterMode(display=False) as counter:
+        found = gradients(model, x)[1]
+    assert counter.get_total_flops() > 0
+    for name, gradient in exact.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+@forms
+def test_parameters_that_are_passed_in(lean):
+    """As ``functional_call`` passes them: the block holds its own again in the backward pass."""
+    model = prompted(prompt=PRELU, lean=lean).double()
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    before = {n: p.detach().clone() for n, p in own.items()}
+    torch.manual_seed(1)
+    # No leaves: as after a step of an inner loop.
+    leaves = {n: torch.randn_like(p).requires_grad_() for n, p in own.items()}
+    x = images(dtype=torch.float64)
+    found = []
+    for m in (model, ordinary(model)):
+        given = {n: before[n] + 0.3 * leaf for n, leaf in leaves.items()}
+        outputs = torch.func.functional_call(m, given, (x, ))
+        loss = sum(o.sin().sum() for o in outputs)
+        found.append(torch.autograd.grad(loss, list(leaves.values())))
+    for name, a, b in zip(leaves, *found):
+        assert b.norm() > 0 and (a - b).norm() <= 1e-9 * b.norm(), name
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in own.items())
+
+
+@forms
+def test_hooks_inside_of_a_block_run_once(lean):
+    model = prompted(lean=lean)
+    block, seen = model.prompts['stage2'], []
+    exact = gradients(model, images())[1]
+    block.spatial.register_forward_hook(lambda m, args, y: seen.append(y))
+    found = gradients(model, images())[1]
+    assert len(seen) == 1
+    for name, gradient in exact.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@forms
+def test_a_parameter_that_a_block_uses_twice(lean):
+    model = prompted(lean=lean, prompt=dict(type='mmprotune.PromptBlock', reduction=1, groups=1,
+                                            kernel_size=1, act_cfg=None)).double()
+    for block in model.prompts.values():
+        block.expand.weight = block.spatial.weight
+    x = images(dtype=torch.float64)
+    found, exact = gradients(model, x)[1], gradients(ordinary(model), x)[1]
+    assert found.keys() == exact.keys()
+    for name, gradient in exact.items():
+        assert (found[name] - gradient).norm() <= 1e-9 * gradient.norm(), name
+
+
+@forms
+def test_a_step_in_between_is_refused_in_every_form(lean):
+    model = prompted(lean=lean)
+    loss = sum(f.sum() for f in model(images()))
+    with torch.no_grad():
+        model.prompts['stage2'].expand.weight.add_(1)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        loss.backward()
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+@forms
+def test_a_stage_that_is_run_again_in_the_backward_pass(lean, reentrant):
+    """Its prompt too, and another pass in between."""
+    model = prompted(lean=lean).double()
+    naive = ordinary(model)
+    x = images(dtype=torch.float64)
+
+    def run(m, x):
+        return checkpoint(lambda x: tuple(m(x)), x, use_reentrant=reentrant)
+
+    found = []
+    for m in (model, naive):
+        m.zero_grad()
+        a, b = (x + i for i in range(2))
+        outputs = [*run(m, a.requires_grad_()), *m(b), *run(m, b.requires_grad_())]
+        sum((o.sin() * (i + 1)).sum() for i, o in enumerate(outputs)).backward()
+        found.append({'a': a.grad, 'b': b.grad, **{
+            n: p.grad.clone() for n, p in m.named_parameters() if p.requires_grad}})
+    for name, gradient in found[1].items():
+        assert (found[0][name] - gradient).norm() <= 1e-9 * gradient.norm(), name
+
+
+@MODELS.register_module()
+class CheckpointedInPlace(InPlaceStages):
+    """The same, within an activation checkpoint, which hides what is saved."""
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_a_checkpointed_network_that_changes_features_in_place():
+    model = prompted(dict(type='mmprotune.CheckpointedInPlace'), stages=['a', 'b'])
+    assert 'changes prompted features in place' in str(model.lean_report)
+    (_, found), (_, exact) = gradients(model, images()), gradients(ordinary(model), images())
+    for name, gradient in exact.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)

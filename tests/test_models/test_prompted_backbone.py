@@ -414,7 +414,8 @@ def test_copies_keep_their_own_prompts(prompted_cfg, copies):
     wake(twin)
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(model(x)[0], plain(model)(x)[0])
+        # Called alone, a backbone does not fold its norms.
+        torch.testing.assert_close(model(x)[0], plain(model)(x)[0])
         assert not torch.equal(twin(x)[0], model(x)[0])
         twin.load_state_dict(model.state_dict())
         assert torch.equal(twin(x)[0], model(x)[0])
