@@ -2,13 +2,20 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mmprotune.frozen.dry_run import image_shapes, noise, tensors_in, undisturbed
+from mmprotune.frozen.dry_run import (
+    image_shapes,
+    noise,
+    nothing_saved,
+    tensors_in,
+    undisturbed,
+)
 
 from .layout import Layout, describe
 
@@ -23,9 +30,12 @@ class StageError(ValueError):
 
 @dataclass
 class _Call:
-    """The one call of a module in the dry run: when it ended, and the tensors it returned."""
+    """The one call of a module in the dry run: when it ended, which tensors it returned and how
+    they are laid out. A tensor is not held, which on a large image takes gigabytes: its weak
+    reference is the same object whoever returns it, and no other tensor's afterwards."""
     order: int
-    tensors: dict[int | None, Tensor]
+    tensors: dict[int | None, weakref.ref[Tensor]]
+    layouts: dict[int | None, Layout]
 
 
 @dataclass
@@ -43,10 +53,7 @@ class Trace:
     def maps(self, path: str) -> dict[int | None, Layout]:
         """Layouts of the features that the module at ``path`` returned; by output index."""
         call = self.calls.get(path)
-        if call is None:
-            return {}
-        found = ((i, describe(t, self.image, self.batch)) for i, t in call.tensors.items())
-        return {i: layout for i, layout in found if layout is not None}
+        return {} if call is None else call.layouts
 
 
 def _tensors(output) -> dict[int | None, Tensor]:
@@ -84,8 +91,11 @@ def _record(backbone: nn.Module, shape: tuple[int, int, int]) -> Trace:
         def record(module, args, output):
             if path in calls:
                 repeated.add(path)
-            # Holding on to the tensors keeps their identities from being given out again.
-            calls[path] = _Call(len(calls), _tensors(output))
+            tensors = _tensors(output)
+            found = ((i, describe(t, shape[1:], _BATCH)) for i, t in tensors.items())
+            calls[path] = _Call(
+                len(calls), {i: weakref.ref(t) for i, t in tensors.items()},
+                {i: layout for i, layout in found if layout is not None})
 
         return record
 
@@ -124,7 +134,7 @@ def read_features(backbone: nn.Module, trace: Trace,
 
         return add
 
-    with _dry(backbone, trace.shape, hook) as run, torch.enable_grad():
+    with _dry(backbone, trace.shape, hook) as run, torch.enable_grad(), nothing_saved():
         nodes = [t.grad_fn for t in tensors_in(run()) if t.grad_fn is not None]
     found, seen = set(), set()
     while nodes:
