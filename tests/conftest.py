@@ -79,3 +79,13 @@ def wake(module, seed: int = 0) -> None:
         for name, parameter in module.named_parameters():
             if '.expand.weight' in name or name == 'expand.weight':
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def autocast(dtype: torch.dtype):
+    """Autocast on the CPU; skips the test where PyTorch has none in this dtype."""
+    try:
+        with torch.autocast('cpu', dtype):
+            pass
+    except RuntimeError as error:
+        pytest.skip(f'torch {torch.__version__}: {error}')
+    return torch.autocast('cpu', dtype)

@@ -22,8 +22,8 @@ CHUNK_BYTES_ELSEWHERE = 256 << 20
 class _Attention:
     """Computes attention, a part of the batch and of the heads at a time."""
 
-    def __init__(self, heads: int, scale: float) -> None:
-        self.heads, self.scale = heads, scale
+    def __init__(self, heads: int, scale: float, divides: bool = False) -> None:
+        self.heads, self.scale, self.divides = heads, scale, divides
 
     def split(self, projected: Sequence[Tensor]) -> list[Tensor]:
         """Views of queries, keys and values, each of shape (B, heads, tokens, channels)."""
@@ -47,8 +47,8 @@ class _Attention:
         shape = q[part].shape[:3]
         # Contiguous first: products of strided matrices would each copy them, and transposed.
         q, k = q[part], _matrices(k[part])
-        q = torch.mul(q, self.scale, out=torch.empty(q.shape, dtype=q.dtype, device=q.device))
-        q = q.flatten(0, 1)
+        q = q.clone(memory_format=torch.contiguous_format).flatten(0, 1)
+        q = q.div_(1 / self.scale) if self.divides else q.mul_(self.scale)
         scores = torch.bmm(q, k.transpose(1, 2))
         if biases:
             scores = scores.view(*shape, -1)
@@ -136,7 +136,7 @@ class _Attend(Function):
 
 
 def packed_attention(qkv: Tensor, heads: int, scale: float,
-                     biases: Sequence[Tensor] = ()) -> Tensor:
+                     biases: Sequence[Tensor] = (), divides: bool = False) -> Tensor:
     r"""Self-attention :math:`\mathrm{softmax}(s\,q k^T + \sum_i b_i)\,v`.
 
     Keeps ``qkv`` and the biases. Where the frozen layer that made ``qkv`` has an owner (see
@@ -149,12 +149,14 @@ def packed_attention(qkv: Tensor, heads: int, scale: float,
         scale (float): Factor on the queries.
         biases (Sequence[Tensor]): Added to the scores one after the other, each of shape (1 or a
             divisor of B, 1 or heads, tokens, tokens); a divisor of B repeats. Defaults to ().
+        divides (bool): Whether to divide by the inverse of ``scale``, which rounds differently.
+            Defaults to False.
 
     Returns:
         Tensor: Of shape (B, tokens, C).
     """
     check_frozen(*biases)
-    method = _Attention(heads, scale)
+    method = _Attention(heads, scale, divides)
     if not builds_graph(qkv):
         return method.forward([qkv], biases)
     producer = Producer.of(qkv)
@@ -170,19 +172,20 @@ def attention(q: Tensor,
               v: Tensor,
               heads: int,
               scale: float,
-              biases: Sequence[Tensor] = ()) -> Tensor:
+              biases: Sequence[Tensor] = (),
+              divides: bool = False) -> Tensor:
     """Attention of queries to keys and values that differ from them. Keeps the three.
 
     Args:
         q (Tensor): Queries of shape (B, tokens, C).
         k, v (Tensor): Keys and values of shape (B, other tokens, C).
-        heads, scale, biases: See :func:`packed_attention`.
+        heads, scale, biases, divides: See :func:`packed_attention`.
 
     Returns:
         Tensor: Of shape (B, tokens, C).
     """
     check_frozen(*biases)
-    method = _Attention(heads, scale)
+    method = _Attention(heads, scale, divides)
     if not builds_graph(q, k, v):
         return method.forward([q, k, v], biases)
     return _Attend.apply(method, None, None, biases, None, q, k, v)

@@ -65,6 +65,11 @@ def undisturbed(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def nothing_saved() -> contextlib.AbstractContextManager:
+    """While open, autograd keeps no tensors: for a graph that is looked at and never run back."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
+
+
 def tensors_in(output) -> Iterator[Tensor]:
     """The tensors in what a network returns, however it nests them.
 

@@ -92,7 +92,7 @@ class Convolution:
         self.pad = list(pad) if pad is not None and any(pad) else None
         self.pad_mode = pad_mode
 
-    def __call__(self,
+    def apply(self,
                  x: Tensor,
                  weight: Tensor,
                  bias: Tensor | None = None,
@@ -214,7 +214,7 @@ class _Convolve(Function):
         ctx.save_for_backward(weight, scale)
         ctx.conv, ctx.dtype = conv, x.dtype
         ctx.shape, ctx.memory_format = x.shape, _memory_format(x)
-        return conv(x, weight, bias, scale, shift)
+        return conv.apply(x, weight, bias, scale, shift)
 
     @staticmethod
     @once_differentiable
@@ -253,13 +253,13 @@ def convolution(x: Tensor,
     if x.dim() == weight.dim() - 1:
         return convolution(x.unsqueeze(0), weight, bias, conv, scale, shift, owner).squeeze(0)
     if not builds_graph(x):
-        return conv(x, weight, bias, scale, shift)
+        return conv.apply(x, weight, bias, scale, shift)
     y = _Convolve.apply(x, weight, bias, scale, shift, conv)
     y._lean_fresh = True
     if owner is not None:
         shape, memory_format = x.shape, _memory_format(x)
         Producer(
-            x, y, lambda x: conv(x, weight, bias, scale, shift),
+            x, y, lambda x: conv.apply(x, weight, bias, scale, shift),
             lambda grad: conv.input_gradient(grad, weight, scale, shape, memory_format),
             flops=(x if conv.transposed else y).numel() * weight.numel() // weight.size(0),
             owner=owner)

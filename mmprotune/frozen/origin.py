@@ -6,7 +6,14 @@ import threading
 from collections.abc import Callable
 
 import torch
+from mmengine.utils import digit_version
 from torch import Tensor
+
+# What torch 2.1 and 2.2 have otherwise.
+_BEFORE_2_3 = digit_version(torch.__version__) < digit_version('2.3')
+_is_compiling = torch._utils.is_compiling if _BEFORE_2_3 else torch.compiler.is_compiling
+# Whether nn.MultiheadAttention divides its queries instead of multiplying them.
+MULTIHEAD_DIVIDES = _BEFORE_2_3
 
 
 class FrozenLayerError(RuntimeError):
@@ -15,7 +22,7 @@ class FrozenLayerError(RuntimeError):
 
 def is_recorded() -> bool:
     """Whether ``torch.compile`` or a tracer records the operators instead of running them."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return _is_compiling() or torch.jit.is_tracing()
 
 
 class _Calls(threading.local):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import activations, twins
-from .dry_run import image_shapes, noise, tensors_in, undisturbed
+from .dry_run import image_shapes, noise, nothing_saved, tensors_in, undisturbed
 from .kept import KeptBytes
 from .origin import Producer, run_folded
 
@@ -116,7 +116,8 @@ def find_pairs(module: nn.Module, dry_run: DryRun) -> list[tuple[nn.Module, nn.M
     handles = [m.register_forward_hook(note_output) for m in candidates(twins.CONVOLUTIONS)]
     handles += [m.register_forward_pre_hook(note_input) for m in candidates(twins.NORMS)]
     try:
-        readers = _count_readers(dry_run(through=True) or [])
+        with nothing_saved():
+            readers = _count_readers(dry_run(through=True) or [])
     finally:
         for handle in handles:
             handle.remove()

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from . import activations
 from . import functional as lean
 from .kernels import pointwise, suits_pointwise
-from .origin import FrozenLayerError, builds_graph, is_recorded, is_running
+from .origin import MULTIHEAD_DIVIDES, FrozenLayerError, builds_graph, is_recorded, is_running
 from .prompts import PromptAddition
 
 
@@ -406,7 +406,7 @@ class _MultiheadAttention(Twin):
     def _attend(self, function, *args) -> Tensor:
         *projected, scale = args
         if not self.lean_sdpa:
-            return function(*projected, self.num_heads, scale)
+            return function(*projected, self.num_heads, scale, divides=MULTIHEAD_DIVIDES)
         if len(projected) == 1:
             projected = projected[0].chunk(3, dim=-1)
         q, k, v = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in projected)

@@ -2,14 +2,20 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mmprotune.frozen.dry_run import image_shapes, noise, tensors_in, undisturbed
+from mmprotune.frozen.dry_run import (
+    image_shapes,
+    noise,
+    nothing_saved,
+    tensors_in,
+    undisturbed,
+)
 
 from .layout import Layout, describe
 
@@ -22,17 +28,21 @@ class StageError(ValueError):
 
 @dataclass
 class _Call:
-    """The one call of a module in the dry run: when it ended, and the tensors it returned."""
+    """The one call of a module in the dry run: when it ended, which tensors it returned and how
+    they are laid out. A tensor is not held, which on a large image takes gigabytes: its weak
+    reference is the same object whoever returns it, and no other tensor's afterwards."""
     order: int
-    tensors: dict[int | None, Tensor]
+    tensors: dict[int | None, weakref.ref[Tensor]]
+    layouts: dict[int | None, Layout]
 
 
 @dataclass
 class Trace:
-    """The calls of one dry run, by module path."""
+    """The calls of one dry run, by module path, and what the backbone returned."""
     shape: tuple[int, int, int]
     batch: int
     calls: dict[str, _Call]
+    outputs: list[Tensor]
 
     @property
     def image(self) -> tuple[int, int]:
@@ -42,10 +52,7 @@ class Trace:
     def maps(self, path: str) -> dict[int | None, Layout]:
         """Layouts of the features that the module at ``path`` returned; by output index."""
         call = self.calls.get(path)
-        if call is None:
-            return {}
-        found = ((i, describe(t, self.image, self.batch)) for i, t in call.tensors.items())
-        return {i: layout for i, layout in found if layout is not None}
+        return {} if call is None else call.layouts
 
 
 def _tensors(output) -> dict[int | None, Tensor]:
@@ -83,55 +90,55 @@ def _record(backbone: nn.Module, shape: tuple[int, int, int]) -> Trace:
         def record(module, args, output):
             if path in calls:
                 repeated.add(path)
-            # Holding on to the tensors keeps their identities from being given out again.
-            calls[path] = _Call(len(calls), _tensors(output))
+            tensors = _tensors(output)
+            found = ((i, describe(t, shape[1:], _BATCH)) for i, t in tensors.items())
+            calls[path] = _Call(
+                len(calls), {i: weakref.ref(t) for i, t in tensors.items()},
+                {i: layout for i, layout in found if layout is not None})
 
         return record
 
     with _dry(backbone, shape, hook) as run, torch.no_grad():
-        run()
+        outputs = list(tensors_in(run()))
     for path in repeated:  # a module that runs twice ends no stage
         del calls[path]
-    return Trace(shape, _BATCH, calls)
+    return Trace(shape, _BATCH, calls, outputs)
 
 
 def read_features(backbone: nn.Module, trace: Trace,
                   ends: Iterable[str]) -> set[tuple[str, int | None]]:
-    """Which of the features at the stage ends an output of the backbone depends on: zeros that
-    require a gradient are added to each, and looked for in the graph behind the outputs.
+    """Which of the features at the stage ends an output of the backbone depends on: a zero that
+    requires a gradient is added to each, and looked for in the graph behind the outputs.
 
-    Where tokens belong to no pixel, the graph does not tell: a class token is cut out of the very
-    tensor that holds the pixels. There the gradient of the pixels decides. (Elsewhere it would not:
-    dead activations of a random network let none pass.)
+    Where tokens belong to no pixel the graph does not tell, as a class token is cut out of the very
+    tensor that holds the pixels. There another run with other pixels does.
     """
     ends = set(ends)
     zeros: dict[int, tuple[str, int | None]] = {}
-    markers: dict[tuple[str, int | None], Tensor] = {}
+    keep_alive: list = []
 
     def hook(path):
 
         def add(module, args, output):
             if path not in ends:
                 return None
-            maps = trace.maps(path)
 
             def marked(index, tensor):
-                extra = maps[index].extra_tokens if index in maps else 0
-                zero = torch.zeros_like(tensor[:, extra:] if extra else tensor.flatten()[0])
-                zeros[id(zero.requires_grad_())] = (path, index)
-                markers[path, index] = zero
-                return tensor + (F.pad(zero, (0, 0, extra, 0)) if extra else zero)
+                zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device, requires_grad=True)
+                zeros[id(zero)] = (path, index)
+                keep_alive.append(zero)
+                return tensor + zero
 
             if isinstance(output, Tensor):
                 return marked(None, output)
+            maps = trace.maps(path)
             new = {id(output[i]): marked(i, output[i]) for i in maps}
             return type(output)(new.get(id(item), item) for item in output)
 
         return add
 
-    with _dry(backbone, trace.shape, hook) as run, torch.enable_grad():
-        outputs = [t for t in tensors_in(run()) if t.grad_fn is not None]
-    nodes = [t.grad_fn for t in outputs]
+    with _dry(backbone, trace.shape, hook) as run, torch.enable_grad(), nothing_saved():
+        nodes = [t.grad_fn for t in tensors_in(run()) if t.grad_fn is not None]
     found, seen = set(), set()
     while nodes:
         node = nodes.pop()
@@ -142,17 +149,35 @@ def read_features(backbone: nn.Module, trace: Trace,
         if leaf is not None and id(leaf) in zeros:
             found.add(zeros[id(leaf)])
         nodes += [n for n, _ in node.next_functions if n is not None]
-    mixed = [key for key in found if markers[key].dim()]
-    if mixed:
-        generator = torch.Generator().manual_seed(0)
-        directions = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
-        before = [(p, p.grad) for p in backbone.parameters()]
-        # Of every leaf: checkpointed layers of the host know no other kind.
-        torch.autograd.backward(outputs, directions)
-        for parameter, gradient in before:
-            parameter.grad = gradient
-        found -= {key for key in mixed if not markers[key].grad.any()}
+    # From the last one up: attention behind an earlier one mixes its tokens.
+    order = sorted(found, key=lambda end: trace.calls[end[0]].order, reverse=True)
+    for path, index in order:
+        extra = trace.maps(path)[index].extra_tokens if index in trace.maps(path) else 0
+        if not extra or _depends_on_pixels(backbone, trace, path, index, extra):
+            break
+        found.discard((path, index))
     return found
+
+
+def _depends_on_pixels(backbone: nn.Module, trace: Trace, path: str, index: int | None,
+                       extra: int) -> bool:
+    """Whether other values of the tokens behind the first ``extra`` ones give other outputs."""
+
+    def hook(at):
+
+        def shift(module, args, output):
+            if at != path:
+                return None
+            plain = output if index is None else output[index]
+            moved = torch.cat((plain[:, :extra], plain[:, extra:].roll(1, dims=2)), dim=1)
+            if index is None:
+                return moved
+            return type(output)(moved if item is plain else item for item in output)
+
+        return shift
+
+    with _dry(backbone, trace.shape, hook) as run, torch.no_grad():
+        return any(not torch.equal(a, b) for a, b in zip(tensors_in(run()), trace.outputs))
 
 
 def dry_run(backbone: nn.Module) -> Trace:

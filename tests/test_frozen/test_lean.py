@@ -20,7 +20,7 @@ from mmprotune.frozen.kernels import run_channels_last
 from mmprotune.frozen.lean import make_lean, restore, unfold
 from mmprotune.frozen.origin import FrozenLayerError, run_folded
 from mmprotune.frozen.twins import Twin
-from tests.conftest import RESNET18, build, wake
+from tests.conftest import RESNET18, autocast, build, wake
 
 MiB = 2**20
 SMALL = dict(
@@ -501,7 +501,7 @@ def test_autocast(name, dtype):
     found = []
     for m in (model, naive):
         m.zero_grad()
-        with torch.autocast('cpu', dtype):
+        with autocast(dtype):
             outputs = outputs_of(m, x)
         sum(t.float().square().mean() for t in outputs).backward()
         found.append((outputs, [p.grad for p in m.prompts.parameters()]))

@@ -12,7 +12,7 @@ from mmprotune.frozen.kept import KeptBytes
 from mmprotune.frozen.lean import restore
 from mmprotune.frozen.origin import FrozenLayerError
 from mmprotune.registry import MODELS
-from tests.conftest import RESNET18, build, wake
+from tests.conftest import RESNET18, autocast, build, wake
 
 SWIN = dict(type='mmdet.SwinTransformer', embed_dims=24, depths=(1, 1, 1, 1),
             num_heads=(1, 2, 4, 8), drop_path_rate=0.)
@@ -84,7 +84,7 @@ def test_autocast(dtype):
     naive = ordinary(model)
     x = images()
     exact = gradients(naive, x)[1]
-    with torch.autocast('cpu', dtype):
+    with autocast(dtype):
         found, low = gradients(model, x)[1], gradients(naive, x)[1]
     for name, gradient in exact.items():
         assert found[name].dtype == torch.float32

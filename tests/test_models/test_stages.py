@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from mmdet.registry import MODELS
@@ -87,6 +89,24 @@ def test_the_dry_run_leaves_no_trace():
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
     assert not any(m._forward_hooks for m in backbone.modules())
     assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_the_dry_run_holds_no_features():
+    """On large images the outputs of all modules, or a graph that keeps them, take gigabytes."""
+    backbone = MODELS.build(dict(RESNET18))
+    outputs, most = [], 0
+
+    def count(module, args, output):
+        nonlocal most
+        outputs.append(weakref.ref(output))
+        most = max(most, sum(ref() is not None for ref in outputs))
+
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    find_stages(backbone)
+    assert len(outputs) == 2 * 20
+    assert most <= 3  # of the two paths through a block
 
 
 def test_paths_by_hand_run_in_order():

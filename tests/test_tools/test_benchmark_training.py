@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 from torch import nn
 
 from tests.test_tools.conftest import REPO
@@ -36,7 +37,6 @@ def test_figures(measured):
         assert figures['kept']['head'] > 0 and figures['kept']['neck'] > 0
         assert 0 < figures['fastest'] <= figures['step'] <= figures['slowest']
         assert 0 < figures['inference_fastest'] <= figures['inference']
-        assert figures['allocated'] > figures['gradients']
         # AdamW: two moments for each gradient, and a counter for each tensor.
         assert 0 < figures['optimizer_state'] - 2 * figures['gradients'] < 4096
     stages = [sum(n for part, n in f['kept'].items() if part.startswith('stage'))
@@ -45,9 +45,16 @@ def test_figures(measured):
     assert frozen == 0 and 0 < lean < 0.1 * naive and lean < 0.1 * full
     assert 'prompts' not in found['frozen']['kept'] and found['lean']['kept']['prompts'] > 0
     assert found['lean']['kept_total'] < found['naive']['kept_total']
-    assert found['lean']['allocated'] <= found['naive']['allocated']
     assert found['lean']['gradients'] == found['naive']['gradients'] < found['full']['gradients']
     assert (measured / 'out.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_allocated(measured):
+    found = json.loads((measured / 'out.json').read_text())['results'][0]['variants']
+    if found['lean']['allocated'] is None:
+        pytest.skip(f"torch {torch.__version__}: the profiler's events have no start_ns")
+    assert all(f['allocated'] > f['gradients'] for f in found.values())
+    assert found['lean']['allocated'] <= found['naive']['allocated']
 
 
 def test_table(measured):
