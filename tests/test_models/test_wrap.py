@@ -69,7 +69,8 @@ def test_the_file_of_a_whole_model():
     assert 'frozen_from' not in protune(copy.deepcopy(cfg)).model.backbone
     cfg.load_from = 'detector.pth'
     assert protune(copy.deepcopy(cfg)).model.backbone.frozen_from == 'detector.pth'
-    assert protune(copy.deepcopy(cfg), frozen_from='mine.pth').model.backbone.frozen_from == 'mine.pth'
+    own = protune(copy.deepcopy(cfg), frozen_from='mine.pth')
+    assert own.model.backbone.frozen_from == 'mine.pth'
     assert cfg.load_from == 'detector.pth'  # neck and head come from there too
     cfg.resume = True  # a checkpoint of this very run
     assert 'frozen_from' not in protune(cfg).model.backbone
