@@ -217,8 +217,8 @@ def test_what_trains_is_told_once(cfg, tmp_path):
     assert told(tmp_path).endswith(
         f'parameters that train: prompts: {first + rest:,} ({first:,} at lr 0.002, weight decay 0; '
         f'{rest:,} at lr 0.002, weight decay 0.05), rest of the backbone: {layer4:,} ({layer4:,} '
-        f'at lr 0.001, weight decay 0.05), rest of the model: {head:,} ({head:,} at lr 0.002, weight '
-        f'decay 0.05); frozen: {count(model, False):,}')
+        f'at lr 0.001, weight decay 0.05), rest of the model: {head:,} ({head:,} at lr 0.002, '
+        f'weight decay 0.05); frozen: {count(model, False):,}')
 
 
 @pytest.mark.parametrize(('keys', 'warns'), [
