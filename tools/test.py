@@ -94,8 +94,10 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
             '--show and --show-dir need a hook that draws: the config has no '
             'default_hooks.visualization')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    with HOOKS.switch_scope_and_registry(hook.get('_scope_')) as registry:
-        cls = registry.get(hook['type'])
+    cls = hook['type']
+    if not isinstance(cls, type):
+        with HOOKS.switch_scope_and_registry(hook.get('_scope_')) as registry:
+            cls = registry.get(cls)
     if cls is None:
         raise launch.LaunchError(
             f"default_hooks.visualization.type={hook['type']!r} is not registered")

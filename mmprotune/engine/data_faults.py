@@ -1,6 +1,7 @@
 """Broken images and annotation files: errors that name the file."""
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 
@@ -9,6 +10,7 @@ from mmengine.dataset import Compose
 from mmengine.runner import Runner
 from PIL import Image
 
+from mmprotune.config_nodes import type_name
 from mmprotune.registry import TRANSFORMS
 
 # Formats that OpenCV decodes when their end is missing, and what stands there.
@@ -100,7 +102,7 @@ def check_data(runner: Runner) -> None:
             for dataset in _leaves(loader.get('dataset')):
                 pipeline = dataset.get('pipeline')
                 if pipeline and not (isinstance(pipeline[0], dict) and
-                                     pipeline[0].get('type') == 'mmprotune.CheckedPipeline'):
+                                     type_name(pipeline[0]) == 'CheckedPipeline'):
                     dataset['pipeline'] = [
                         dict(type='mmprotune.CheckedPipeline', transforms=pipeline)]
 
@@ -118,6 +120,32 @@ def _leaves(dataset: object) -> Iterator[dict]:
             yield from _leaves(one)
 
 
+def _nothing_left(path: str, dataset: object) -> str:
+    """Why a data set whose annotations were read has no image."""
+    wanted = (getattr(dataset, 'metainfo', None) or {}).get('classes') or ()
+    has = _categories(path)
+    if has is not None and not {*has} & {*wanted}:
+        return (f'{path} has objects of the classes {_shown(has)}, none of which the config names: '
+                f'metainfo=dict(classes=…) of the data set is {_shown(wanted)}')
+    return (f'{path} was read, but leaves no image for {type(dataset).__name__}: none has an '
+            f'object of the classes that the config names ({_shown(wanted)}), or filter_cfg '
+            f'({getattr(dataset, "filter_cfg", None)}) drops them all')
+
+
+def _categories(path: str) -> list[str] | None:
+    """Names of the categories in a COCO-format file; None for another format."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return [str(category['name']) for category in json.load(file)['categories']]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _shown(names: Sequence[str], most: int = 8) -> str:
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return (', '.join(map(repr, names[:most])) or 'none') + more
+
+
 def dataset_error(error: Exception) -> DataError | None:
     """Names the file of a data set that could not be read, or was not there.
 
@@ -127,12 +155,13 @@ def dataset_error(error: Exception) -> DataError | None:
     Returns:
         DataError, optional: None when none was being read, or the error is about something else.
     """
-    path, loads, traceback = None, False, error.__traceback__
+    path, loads, dataset, traceback = None, '', None, error.__traceback__
     while traceback is not None:
         names = traceback.tb_frame.f_locals
         found = names.get('annotation_file') or names.get('ann_file')
         if traceback.tb_frame.f_code.co_name in ('load_data_list', 'full_init'):
-            loads, found = True, found or getattr(names.get('self'), 'ann_file', None)
+            loads, dataset = traceback.tb_frame.f_code.co_name, names.get('self')
+            found = found or getattr(dataset, 'ann_file', None)
         path = found if isinstance(found, str) and found else path
         traceback = traceback.tb_next
     if loads and isinstance(error, FileNotFoundError) and error.filename:
@@ -140,5 +169,8 @@ def dataset_error(error: Exception) -> DataError | None:
                          'data_root, ann_file and data_prefix')
     if path is None or path in str(error) or not os.path.isfile(path):
         return None
+    # Read to its end, and nothing of it was kept.
+    if loads == 'full_init' and getattr(dataset, 'data_list', None) == []:
+        return DataError(_nothing_left(path, dataset))
     return DataError(f'{path} ({os.path.getsize(path)} bytes) cannot be read as annotations: '
                      f'{_brief(error)}')

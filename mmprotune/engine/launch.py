@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from urllib.error import URLError
 
 import torch
@@ -28,6 +28,8 @@ from mmengine.registry import RUNNERS, Registry
 from mmengine.runner import Runner
 from torch.distributed import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+
+from mmprotune.config_nodes import dicts_in, names_file, type_name
 
 # mmcv's names of the layer that synchronises batch statistics between processes.
 SYNC_BN_TYPES = ('SyncBN', 'MMSyncBN')
@@ -76,18 +78,12 @@ def run_tool(main: Callable[[], None]) -> int:
     Returns:
         int: Exit status, 0 or 1.
     """
-    from mmprotune.checkpoint import CheckpointError
-    from mmprotune.engine.data_faults import DataError, dataset_error
-    from mmprotune.engine.hooks import NonFiniteError, RanksDisagree
-    from mmprotune.models.prompted_backbone import PretrainedFileError
-    from mmprotune.models.stages import StageError
+    from mmprotune.engine.data_faults import dataset_error
     try:
         main()
     except Exception as error:
         told = error
-        if not isinstance(error, (
-                CheckpointError, DataError, LaunchError, NonFiniteError, PretrainedFileError,
-                RanksDisagree, StageError, URLError)):
+        if not isinstance(error, URLError) and not _is_ours(error):
             told = dataset_error(error)
         if told is None or os.environ.get('MMPROTUNE_DEBUG') == '1':
             raise
@@ -102,6 +98,11 @@ def run_tool(main: Callable[[], None]) -> int:
     if is_distributed():
         torch_dist.destroy_process_group()
     return 0
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error is of a class that this package made: those name their cause."""
+    return any(cls.__module__.partition('.')[0] == 'mmprotune' for cls in type(error).__mro__)
 
 
 def load_config(name: str) -> Config:
@@ -189,7 +190,7 @@ def use_amp(cfg: Config) -> None:
     if get_device() in ('cpu', 'mps'):
         raise LaunchError('--amp needs a GPU (or NPU, MLU, MUSA device), and none was found; '
                           'leave --amp out to train in float32')
-    wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    wrapper = type_name(cfg.optim_wrapper) or 'OptimWrapper'
     if wrapper not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise LaunchError('--amp: optim_wrapper.type must be OptimWrapper or AmpOptimWrapper, '
                           f'got {wrapper!r}')
@@ -212,9 +213,9 @@ def use_auto_scale_lr(cfg: Config) -> None:
 def without_pretrained(cfg: Config) -> Config:
     """A copy of a config whose model builds without any weight file.
 
-    Drops every ``init_cfg`` of type Pretrained, every ``pretrained`` and ``checkpoint_path``; a
-    ``PromptedBackbone`` gets ``freeze='all'``, as there is no file left that could say what is to
-    be frozen.
+    Drops every ``init_cfg`` of type Pretrained, every ``pretrained``, ``checkpoint_path`` and
+    ``frozen_from``; a ``PromptedBackbone`` gets ``freeze='all'``, as there is no file left that
+    could say what is to be frozen.
 
     Args:
         cfg (Config): The config, left as it is.
@@ -223,27 +224,17 @@ def without_pretrained(cfg: Config) -> Config:
         Config: The copy.
     """
     cfg = copy.deepcopy(cfg)
-    for node in _dicts(cfg.get('model')):
-        if str(node.get('type')).rpartition('.')[2] == 'PromptedBackbone':
+    for node in dicts_in(cfg.get('model')):
+        if type_name(node) == 'PromptedBackbone':
             node['freeze'] = 'all'
-        node.pop('pretrained', None)
-        node.pop('checkpoint_path', None)
+        for key in ('pretrained', 'checkpoint_path', 'frozen_from'):
+            node.pop(key, None)
         init_cfg = node.get('init_cfg')
-        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+        if names_file(init_cfg):
             del node['init_cfg']
         elif isinstance(init_cfg, (list, tuple)):
-            node['init_cfg'] = [one for one in init_cfg if one.get('type') != 'Pretrained']
+            node['init_cfg'] = [one for one in init_cfg if not names_file(one)]
     return cfg
-
-
-def _dicts(node: object) -> Iterator[dict]:
-    """Every dict inside nested dicts, lists and tuples, outermost first."""
-    if isinstance(node, dict):
-        yield node
-        node = list(node.values())
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            yield from _dicts(child)
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -256,7 +247,9 @@ def build_runner(cfg: Config) -> Runner:
         Runner: The Runner. It may be of the type that ``cfg.runner_type`` names.
     """
     from mmprotune.engine.data_faults import check_data
+    from mmprotune.engine.prompt_rates import set_prompt_rates
     notices = prepare_processes(cfg)
+    rates = set_prompt_rates(cfg)
     if cfg.get('default_scope') == 'mmpretrain':
         _set_dataloader_defaults(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
@@ -264,6 +257,8 @@ def build_runner(cfg: Config) -> Runner:
     check_data(runner)
     for notice in notices:
         runner.logger.warning(notice)
+    for sentence in rates:
+        runner.logger.info(sentence)
     return runner
 
 
@@ -286,14 +281,14 @@ def prepare_processes(cfg: Config) -> list[str]:
     alone = cfg.get('launcher', 'none') == 'none'
     on_cpu = get_device() == 'cpu'
     wrapper = dict(cfg.get('model_wrapper_cfg') or {})
-    if wrapper.get('type') == CPU_WRAPPER:
+    if type_name(wrapper) == type_name(CPU_WRAPPER):
         # The config was written by a run on CPU processes; this one may have GPUs.
         wrapper = {}
         cfg.model_wrapper_cfg = None
     if not alone and (on_cpu or _attempt() > 0):
         _init_group(cfg, 'gloo' if on_cpu else None)
     if not alone and on_cpu:
-        if wrapper.get('type', 'MMDistributedDataParallel') == 'MMDistributedDataParallel':
+        if type_name(wrapper) in ('', 'MMDistributedDataParallel'):
             wrapper['type'] = CPU_WRAPPER
             wrapper.setdefault('broadcast_buffers', False)
             wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
@@ -303,8 +298,7 @@ def prepare_processes(cfg: Config) -> list[str]:
         notices.append('no GPU: the processes run on the CPU and talk over gloo')
 
     if alone or on_cpu:
-        found = {node['type'] for node in _dicts(cfg.get('model'))
-                 if node.get('type') in SYNC_BN_TYPES}
+        found = {_norm_name(node) for node in dicts_in(cfg.get('model'))} & {*SYNC_BN_TYPES}
         if cfg.get('sync_bn') is not None and not alone:
             found.add(f'sync_bn={cfg.sync_bn}')
             cfg.sync_bn = None
@@ -313,12 +307,20 @@ def prepare_processes(cfg: Config) -> list[str]:
             notices.append(f'{", ".join(sorted(found))} in the config: reverted to BatchNorm '
                            f'for this run, as {reason} cannot synchronise batch statistics')
     if alone:
-        for node in _dicts(cfg.get('model')):
-            if node.get('type') == 'MMSyncBN':
+        for node in dicts_in(cfg.get('model')):
+            if _norm_name(node) == 'MMSyncBN':
                 node['type'] = 'SyncBN'
                 node.pop('group', None)
                 node.pop('stats_mode', None)
     return notices
+
+
+def _norm_name(node: dict) -> str:
+    """The registered name of a config's type, where that is one of the classes of SyncBN."""
+    kind = node.get('type')
+    if isinstance(kind, type) and kind.__name__ == 'SyncBatchNorm':  # mmcv's and PyTorch's
+        return 'MMSyncBN' if kind.__module__.startswith('mmcv') else 'SyncBN'
+    return type_name(kind)
 
 
 @MODEL_WRAPPERS.register_module()

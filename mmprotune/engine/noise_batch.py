@@ -9,6 +9,8 @@ import torch
 from mmengine.config import Config
 from mmengine.structures import InstanceData, PixelData
 
+from mmprotune.config_nodes import dicts_in
+
 # Corners of two boxes that overlap, as shares of the image's side.
 BOXES = ((1 / 16, 1 / 16, 5 / 8, 1 / 2), (3 / 8, 15 / 32, 15 / 16, 31 / 32))
 
@@ -17,7 +19,8 @@ def noise_item(cfg: Config, size: int, rng: np.random.Generator) -> dict:
     """One item as the data set of a config would hand it to the collate function.
 
     Args:
-        cfg (Config): The config; its ``default_scope`` says which library's item it is.
+        cfg (Config): The config; its ``default_scope``, or the class of its model, says which
+            library's item it is.
         size (int): Side of the image, in pixels.
         rng (numpy.random.Generator): Draws the image and the labels.
 
@@ -27,10 +30,12 @@ def noise_item(cfg: Config, size: int, rng: np.random.Generator) -> dict:
         label).
 
     Raises:
-        KeyError: ``default_scope`` is none of the three libraries.
+        KeyError: That is none of the three libraries.
     """
     items = dict(mmdet=_detection, mmseg=_segmentation, mmpretrain=_classification)
-    scope = cfg.get('default_scope')
+    # A config that names classes themselves needs no scope.
+    scope = cfg.get('default_scope') or getattr(
+        cfg.model.get('type'), '__module__', '').partition('.')[0]
     if scope not in items:
         raise KeyError(f'default_scope must be one of {", ".join(items)}, got {scope!r}')
     found = re.findall(r'"num_classes": (\d+)', json.dumps(cfg.model.to_dict(), default=str))
@@ -46,7 +51,7 @@ def _detection(cfg: Config, size: int, rng: np.random.Generator, classes: int, m
     boxes = np.array(BOXES, dtype=np.float32) * size
     instances = InstanceData(
         bboxes=torch.from_numpy(boxes), labels=torch.from_numpy(rng.integers(0, classes, 2)))
-    if cfg.model.data_preprocessor.get('pad_mask'):
+    if any(node.get('pad_mask') for node in dicts_in(cfg.model.get('data_preprocessor'))):
         masks = np.zeros((2, size, size), dtype=np.uint8)
         for mask, (x1, y1, x2, y2) in zip(masks, boxes.astype(int)):
             mask[y1:y2, x1:x2] = 1

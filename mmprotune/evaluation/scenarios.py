@@ -16,6 +16,7 @@ import numpy as np
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner, TestLoop
 
+from mmprotune.config_nodes import type_name
 from mmprotune.registry import DATASETS
 
 from .attack import AttackedClassifier, check_attack
@@ -37,7 +38,8 @@ class Cell:
         dataloader (dict): Config of the test dataloader.
         evaluator (list | dict): Config of the evaluator.
         attack (dict, optional): Arguments of ``perturb``.
-        to_rgb (bool): Whether the pipeline's images are BGR, for an RGB model.
+        to_rgb (bool): Whether the model's preprocessor turns the channels of the pipeline's
+            images round. For the model's own test set that is what the config says.
     """
     name: str
     dataloader: dict
@@ -55,7 +57,8 @@ class Options:
         severities (Sequence[int]): 1 to 5.
         attacks (Sequence[str]): 'fgsm', 'pgd-10' (with steps), 'autoattack', 'noise'.
         eps (Sequence[float]): Largest changes of a pixel's value, 0 to 255.
-        shifts (dict): Shifted sets by name: ``dataset``, ``class_map``, ``to_rgb``, ``restrict``.
+        shifts (dict): Shifted sets by name: ``dataset``, ``class_map``, ``restrict`` and
+            ``to_rgb``, which is found out where it is not given.
         only (Sequence[str]): Patterns of the names of shifted sets, as in a shell.
         limit (int, optional): Test images of a cell, evenly spaced over the set. None: all.
         seed (int): Of corruptions and attacks.
@@ -112,10 +115,10 @@ def _corruption(cfg: Config, clean: Cell, options: Options) -> Iterator[Cell]:
     for corruption in options.corruptions:
         for severity in options.severities:
             loader = copy.deepcopy(clean.dataloader)
+            pipeline = innermost(loader['dataset'])['pipeline']
             transform = dict(
                 type='mmprotune.Corrupt', corruption=corruption, severity=severity,
-                channel_order='bgr' if clean.to_rgb else 'rgb', seed=options.seed)
-            pipeline = innermost(loader['dataset'])['pipeline']
+                channel_order=channel_order(pipeline), seed=options.seed)
             # Behind everything that changes the size.
             pipeline.insert(len(pipeline) - 1, transform)
             yield Cell(f'{corruption}/{severity}', loader, metrics(), to_rgb=clean.to_rgb)
@@ -146,22 +149,24 @@ def _ood(cfg: Config, clean: Cell, options: Options) -> Iterator[Cell]:
                             f'{", ".join(shifts)}')
     shifts = {name: shift for name, shift in shifts.items() if name in chosen}
     source = class_names(clean.dataloader['dataset'])
+    own_steps = innermost(clean.dataloader['dataset'])['pipeline']
     for name, shift in shifts.items():
         unknown = set(shift) - {'dataset', 'class_map', 'to_rgb', 'restrict', 'classes'}
         if unknown or not {'dataset', 'class_map'} <= set(shift):
             raise ScenarioError(f'shifts.{name}: expected dataset and class_map (and to_rgb, '
                                 f'restrict, classes), got {sorted(shift)}')
         dataset = dict(copy.deepcopy(shift['dataset']))
-        # NumpyImages hands images over decoded, as RGB; all others read files.
-        decoded = str(dataset.get('type')).endswith('NumpyImages')
         if 'pipeline' not in dataset:
-            steps = [step for step in innermost(clean.dataloader['dataset'])['pipeline']
-                     if step['type'] != 'LoadImageFromFile']
-            dataset['pipeline'] = steps if decoded else [dict(type='LoadImageFromFile'), *steps]
+            steps = [step for step in own_steps if type_name(step) != 'LoadImageFromFile']
+            # NumpyImages hands images over decoded; all others read files.
+            dataset['pipeline'] = steps if type_name(dataset) == 'NumpyImages' else [
+                dict(type='LoadImageFromFile'), *steps]
         loader = dict(copy.deepcopy(clean.dataloader), dataset=dataset)
         if options.limit is not None:
             limit_images(loader, options.limit)
-        to_rgb = shift.get('to_rgb', not decoded)
+        # The model gets the order that it gets from its own test set.
+        turned = channel_order(innermost(dataset)['pipeline']) != channel_order(own_steps)
+        to_rgb = shift.get('to_rgb', clean.to_rgb != turned)
         common = dict(type='mmprotune.ClassMapEvaluator', metrics=metrics(),
                       restrict=shift.get('restrict', True))
         names = shift.get('classes') or source
@@ -245,6 +250,13 @@ def limit_images(loader: dict, limit: int) -> None:
     total = len(build_dataset(dataset))
     if total > limit:
         dataset['indices'] = np.linspace(0, total, limit, endpoint=False).astype(int).tolist()
+
+
+def channel_order(pipeline: Sequence[dict]) -> str:
+    """str: 'bgr' where a pipeline reads files, as OpenCV does; 'rgb' where the data set hands over
+    decoded images, as mmpretrain's CIFAR-10 and ``NumpyImages`` do."""
+    reads = any(type_name(step).startswith('LoadImage') for step in pipeline)
+    return 'bgr' if reads else 'rgb'
 
 
 def innermost(dataset: dict) -> dict:

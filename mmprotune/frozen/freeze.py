@@ -275,7 +275,9 @@ def audit(model: nn.Module, snapshot: FrozenSnapshot | None = None, training: bo
     """
     for path, part in _frozen_parts(model):
         prefix = f'{path}.backbone.' if path else 'backbone.'
-        if training and not part.training:
+        # A mean teacher trains nothing, and is in eval mode when it predicts.
+        trains = any(p.requires_grad for p in part.parameters())
+        if training and trains and not part.training:
             raise FrozenTensorsChanged(f'{path or "the model"} is in eval mode, expected training')
         for name, param in part.backbone.named_parameters():
             if name not in part.frozen_names:

@@ -1,19 +1,26 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
+import pkgutil
 from urllib.error import URLError
 
 import pytest
 import torch
+from mmcv.ops import SyncBatchNorm as MMCVSyncBatchNorm
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.optim import build_optim_wrapper
+from mmengine.model import PretrainedInit
+from mmengine.optim import OptimWrapper, build_optim_wrapper
 from torch import distributed, nn
 
+import mmprotune
 from mmprotune.checkpoint import CheckpointError
 from mmprotune.engine import launch
+from mmprotune.engine.data_faults import DataError
+from mmprotune.models import PromptedBackbone
 
 SYNC = dict(type='SyncBN', requires_grad=True)
 MMCV_SYNC = dict(type='MMSyncBN', stats_mode='N', requires_grad=True)
@@ -99,6 +106,16 @@ def test_without_pretrained():
     assert stock.model.backbone.backbone.init_cfg == file
 
 
+def test_without_pretrained_of_classes_and_whole_models():
+    file = dict(type=PretrainedInit, checkpoint='x.pth')
+    cfg = launch.without_pretrained(Config(dict(model=dict(
+        init_cfg=dict(file),
+        backbone=dict(type=PromptedBackbone, frozen_from='y.pth',
+                      backbone=dict(type='ResNet', init_cfg=[file])),))))
+    assert 'x.pth' not in str(cfg) and 'y.pth' not in str(cfg)
+    assert cfg.model.backbone['freeze'] == 'all'
+
+
 # --- flags ----------------------------------------------------------------------------------------
 
 
@@ -141,6 +158,12 @@ def test_amp(on_gpu):
     assert cfg.optim_wrapper.loss_scale == 512.
     with pytest.raises(launch.LaunchError, match="optim_wrapper.type must be .* got 'Own'"):
         launch.use_amp(Config(dict(optim_wrapper=dict(type='Own'))))
+
+
+def test_amp_of_a_class(on_gpu):
+    cfg = Config(dict(optim_wrapper=dict(type=OptimWrapper)))
+    launch.use_amp(cfg)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
 
 
 def test_amp_without_gpu(on_cpu):
@@ -203,6 +226,16 @@ def test_sync_bn_in_one_process(tmp_path, norm_cfg, prompted):
     assert trainable
     assert any(name.startswith('backbone.backbone') for name in trainable) is False
     assert [n for n in trainable if model.get_parameter(n).grad is None] == []
+
+
+@pytest.mark.parametrize('kind', [nn.SyncBatchNorm, MMCVSyncBatchNorm])
+def test_sync_bn_classes_in_one_process(kind):
+    cfg = segmentor(dict(type=kind))
+    notice, = launch.prepare_processes(cfg)
+    assert 'SyncBN in the config: reverted to BatchNorm' in notice
+    # mmcv's cannot even be built without a group.
+    expected = kind if kind is nn.SyncBatchNorm else 'SyncBN'
+    assert cfg.model.backbone.norm_cfg.type == expected
 
 
 def test_sync_bn_on_gpus_stays(on_gpu):
@@ -355,7 +388,17 @@ def test_frozen_parameters_are_told_of_once():
 # --- errors ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('kind', [CheckpointError, launch.LaunchError])
+def exceptions_of_the_package() -> list[type]:
+    found = []
+    for module in pkgutil.walk_packages(mmprotune.__path__, 'mmprotune.'):
+        content = vars(importlib.import_module(module.name))
+        found += [value for value in content.values() if isinstance(value, type)
+                  and issubclass(value, Exception) and value.__module__ == module.name]
+    assert {CheckpointError, DataError, mmprotune.FrozenTensorsChanged} < {*found}
+    return found
+
+
+@pytest.mark.parametrize('kind', exceptions_of_the_package())
 def test_errors_without_traceback(monkeypatch, capsys, kind):
 
     def main():

@@ -143,6 +143,16 @@ def test_audit_names_what_moved(prompted_cfg, breaks, match):
         audit(model, snapshot, training=True)
 
 
+def test_audit_lets_a_part_predict_that_does_not_train(prompted_cfg):
+    """A mean teacher beside its student."""
+    model = nn.ModuleDict(dict(student=build(prompted_cfg), teacher=build(prompted_cfg))).train()
+    model['teacher'].requires_grad_(False).eval()
+    audit(model, FrozenSnapshot(model), training=True)
+    model['student'].eval()
+    with pytest.raises(FrozenTensorsChanged, match='student is in eval mode, expected training'):
+        audit(model, training=True)
+
+
 def test_audit_finds_the_backbone_inside_a_model(prompted_cfg):
     detector = nn.Module()
     detector.backbone = build(prompted_cfg)

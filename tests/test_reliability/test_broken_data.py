@@ -145,6 +145,28 @@ def test_annotation_files(kind, broken, resnet18_file, tmp_path, capsys):
     assert str(file) in err[-1] and 'cannot be read as annotations' in err[-1]
 
 
+def test_classes_that_the_config_forgets(broken, resnet18_file, tmp_path, capsys):
+    """The file is sound; a data set without `metainfo` looks for COCO's classes in it."""
+    cfg = detector_cfg(prompted(resnet18_file), broken, tmp_path / 'run')
+    del cfg.train_dataloader.dataset['metainfo']
+    cfg.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=True)
+    cfg.dump(str(tmp_path / 'tiny.py'))
+    assert launch.run_tool(lambda: train.main([str(tmp_path / 'tiny.py')])) == 1
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f'{broken / "ann.json"} has objects of the classes \'square\', \'other\'' in err
+    assert 'metainfo=dict(classes=…)' in err and "'person', 'bicycle'" in err and '72 more' in err
+    assert 'cannot be read' not in err
+
+
+def test_a_filter_that_leaves_nothing(broken, resnet18_file, tmp_path, capsys):
+    cfg = detector_cfg(prompted(resnet18_file), broken, tmp_path / 'run')
+    cfg.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=True, min_size=1000)
+    cfg.dump(str(tmp_path / 'tiny.py'))
+    assert launch.run_tool(lambda: train.main([str(tmp_path / 'tiny.py')])) == 1
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert 'was read, but leaves no image for CocoDataset' in err and "'min_size': 1000" in err
+
+
 def test_a_missing_annotation_file(broken, resnet18_file, tmp_path, capsys):
     (broken / 'ann.json').unlink()
     status, err = start(train, broken, resnet18_file, tmp_path, capsys)

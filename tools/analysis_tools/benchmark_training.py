@@ -31,6 +31,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import nn
 
+from mmprotune.config_nodes import type_name
 from mmprotune.engine import launch
 from mmprotune.engine.noise_batch import noise_item
 from mmprotune.frozen.dry_run import tensors_in
@@ -334,7 +335,7 @@ def measure(config: str, args: argparse.Namespace) -> dict:
         dict: ``config`` and ``variants``: for each its figures.
     """
     cfg = launch.load_config(config)
-    if cfg.model.backbone.get('type') not in ('mmprotune.PromptedBackbone', 'PromptedBackbone'):
+    if type_name(cfg.model.backbone) != 'PromptedBackbone':
         cfg = launch.wrap_config(cfg)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)

@@ -11,9 +11,11 @@ from mmengine.model import is_model_wrapper
 from torch import nn
 
 from mmprotune.checkpoint import prompted_parts
-from mmprotune.frozen import FrozenSnapshot, audit
+from mmprotune.frozen import FrozenSnapshot, FrozenTensorsChanged, audit
 from mmprotune.registry import HOOKS
 from mmprotune.version import __version__
+
+from .averaging import average_only_what_trains, averaged_copies, share_frozen
 
 
 class RanksDisagree(RuntimeError):
@@ -26,6 +28,9 @@ class FreezeGuardHook(Hook):
 
     Takes a digest of every frozen tensor before training, and compares after the first iterations
     and at the end. A tensor that moved stops training with its name.
+
+    Averages of the model (those of ``EMAHook``, the teacher of ``MeanTeacherHook``) are kept from
+    averaging what is frozen, which would move it by rounding, and are looked at in the end too.
 
     With several processes, the digests, the fingerprints of what each process itself has loaded
     and the versions are compared across them before the first step. (The weights alone would not
@@ -51,8 +56,13 @@ class FreezeGuardHook(Hook):
         self._snapshot: FrozenSnapshot | None = None
         self._done = 0
 
+    def before_run(self, runner) -> None:
+        # Before anything is averaged; the hook that makes a copy has made it by now.
+        average_only_what_trains(_unwrapped(runner), runner.hooks)
+
     def before_train(self, runner) -> None:
         model = _unwrapped(runner)
+        share_frozen(model, runner.hooks, first=runner.iter == 0)
         self._snapshot = FrozenSnapshot(model)
         if get_world_size() > 1:
             compare_ranks(all_gather_object(_stand(model, self._snapshot)))
@@ -64,7 +74,13 @@ class FreezeGuardHook(Hook):
             audit(_unwrapped(runner), self._snapshot, training=True)
 
     def after_train(self, runner) -> None:
-        audit(_unwrapped(runner), self._snapshot)
+        model = _unwrapped(runner)
+        audit(model, self._snapshot)
+        for name, average in averaged_copies(runner.hooks):
+            moved = self._snapshot.moved(average.module)
+            if moved:
+                raise FrozenTensorsChanged(f'frozen tensors moved in {name}: {moved[0]} and '
+                                           f'{len(moved) - 1} more')
 
 
 def _unwrapped(runner):

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mmprotune.checkpoint import prompted_parts
+from mmprotune.config_nodes import dicts_in
 from mmprotune.registry import HOOKS
 
 
@@ -19,7 +22,12 @@ class PromptStatsHook(Hook):
     - ``train/prompt/<stage>/ratio``: norm of the prompt over the norm of the feature it is added
       to, both over the whole batch; no unit;
     - ``train/prompt/<stage>/grad_norm``: L2 norm of the prompt block's gradient at the optimizer
-      step, after averaging over processes and after clipping.
+      step, after averaging over processes and after clipping. Where gradients are accumulated, or
+      a scaler leaves a step out, it is the next step's.
+
+    Before training, the log says once what trains and what does not: prompts, the rest of the
+    backbone and the rest of the model, with their learning rates and weight decays; and warns when
+    prompts train at another rate than the rest of the model without a key of their own.
 
     Args:
         interval (int): Iterations between two records. Defaults to 50.
@@ -36,6 +44,7 @@ class PromptStatsHook(Hook):
         self._open = contextlib.ExitStack()
         self._norms: list[tuple[str, dict]] = []
         self._gradients: dict[str, Tensor] = {}
+        self._waits = False
         self._handles: list = []
 
     def before_train(self, runner) -> None:
@@ -45,6 +54,14 @@ class PromptStatsHook(Hook):
         wrapper = runner.optim_wrapper
         optimizers = [w.optimizer for w in wrapper.values()] if hasattr(wrapper, 'values') \
             else [wrapper.optimizer]
+        rates = Rates(model, optimizers)
+        runner.logger.info(str(rates))
+        if rates.disagree() and not _has_own_key(runner.cfg.get('optim_wrapper')):
+            runner.logger.warning(
+                'prompts train at another learning rate than the rest of the model. If a '
+                'multiplier for the backbone in optim_wrapper.paramwise_cfg.custom_keys does it, '
+                "add the key 'backbone.prompts' (mmprotune.engine.prompt_rates.set_prompt_rates "
+                'does) with the lr_mult that is meant')
         # Gradients are gone after the step, and not yet averaged or unscaled before it.
         self._handles = [o.register_step_pre_hook(self._note_gradients) for o in optimizers]
 
@@ -52,10 +69,9 @@ class PromptStatsHook(Hook):
         if self.every_n_train_iters(runner, self.interval):
             self._norms = [(prefix, self._open.enter_context(part.record_norms()))
                            for prefix, part in self._parts]
+            self._waits = True
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        if not self._norms:
-            return
         self._open.close()
         for prefix, norms in self._norms:
             for stage, (prompt, feature) in norms.items():
@@ -63,6 +79,8 @@ class PromptStatsHook(Hook):
                                                  (prompt / feature.clamp_min(1e-12)).item())
         for name, norm in self._gradients.items():
             runner.message_hub.update_scalar(f'train/prompt/{name}/grad_norm', norm.item())
+        if self._gradients:
+            self._waits = False
         self._norms, self._gradients = [], {}
 
     def after_train(self, runner) -> None:
@@ -72,10 +90,68 @@ class PromptStatsHook(Hook):
         self._handles = []
 
     def _note_gradients(self, optimizer, args, kwargs) -> None:
-        if not self._norms:
+        if not self._waits:
             return
+        held = {id(p) for group in optimizer.param_groups for p in group['params']}
         for prefix, part in self._parts:
             for stage, block in part.prompts.items():
-                norms = [p.grad.norm() for p in block.parameters() if p.grad is not None]
+                norms = [p.grad.norm() for p in block.parameters()
+                         if p.grad is not None and id(p) in held]
                 if norms:
                     self._gradients[prefix + stage] = sum(n.float()**2 for n in norms)**0.5
+
+
+class Rates:
+    """At which rate what part of a model trains.
+
+    Args:
+        model (nn.Module): The model.
+        optimizers (Sequence[Optimizer]): Everything that steps its parameters.
+
+    Attributes:
+        trained (dict[str, dict]): For 'prompts', 'rest of the backbone' and 'rest of the model' the
+            number of values by learning rate and weight decay; (None, None) is in no optimizer.
+        frozen (int): Number of values that do not train.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        # A scheduler that warms up has lowered `lr` already.
+        rates = {id(p): (float(group.get('initial_lr', group['lr'])), group.get('weight_decay', 0))
+                 for optimizer in optimizers for group in optimizer.param_groups
+                 for p in group['params']}
+        parts = [part for _, part in prompted_parts(model)]
+        prompts = {id(p) for part in parts for p in part.prompts.parameters()}
+        inside = {id(p) for part in parts for p in part.parameters()}
+        self.trained: dict[str, dict] = {
+            'prompts': {}, 'rest of the backbone': {}, 'rest of the model': {}}
+        self.frozen = 0
+        for param in model.parameters():
+            if not param.requires_grad:
+                self.frozen += param.numel()
+                continue
+            kind = ('prompts' if id(param) in prompts else 'rest of the backbone'
+                    if id(param) in inside else 'rest of the model')
+            rate = rates.get(id(param), (None, None))
+            self.trained[kind][rate] = self.trained[kind].get(rate, 0) + param.numel()
+
+    def disagree(self) -> bool:
+        """Whether prompts have a learning rate that nothing outside the backbone has."""
+        prompts, rest = ({lr for lr, _ in self.trained[kind]}
+                         for kind in ('prompts', 'rest of the model'))
+        return bool(rest) and not prompts <= rest
+
+    def __str__(self) -> str:
+        lines = []
+        for kind, groups in self.trained.items():
+            rates = '; '.join(
+                f'{count:,} in no optimizer' if lr is None else
+                f'{count:,} at lr {lr:g}, weight decay {decay:g}'
+                for (lr, decay), count in groups.items())
+            lines.append(f'{kind}: {sum(groups.values()):,}' + (f' ({rates})' if rates else ''))
+        return f'parameters that train: {", ".join(lines)}; frozen: {self.frozen:,}'
+
+
+def _has_own_key(optim_wrapper: object) -> bool:
+    """Whether a config of optimizers has a custom key that names prompts."""
+    return any('prompts' in key for node in dicts_in(optim_wrapper)
+               for key in node.get('custom_keys') or ())

@@ -174,3 +174,60 @@ def test_stats_reach_a_visualizer_backend(cfg, tmp_path):
     lines = [p.read_text() for p in tmp_path.glob('*/vis_data/scalars.json')]
     assert any('prompt/stage4/ratio' in text and 'prompt/stage1/grad_norm' in text
                for text in lines)
+
+
+def test_gradients_are_those_of_the_next_step(cfg):
+    """Where an interval falls between the steps of accumulated gradients."""
+    cfg.train_cfg.max_epochs = 2  # four iterations
+    cfg.optim_wrapper.accumulative_counts = 4
+    cfg.custom_hooks[2].interval = 3
+    cfg.custom_hooks.append(dict(type='Witness'))
+    scalars = run(cfg).message_hub.log_scalars
+    for stage in range(1, 5):
+        values, _ = scalars[f'train/prompt/stage{stage}/grad_norm'].data
+        assert values.tolist() == pytest.approx([Witness.expected[f'stage{stage}/grad_norm']])
+        assert len(scalars[f'train/prompt/stage{stage}/ratio'].data[0]) == 1
+
+
+def told(folder) -> str:
+    """What the log says of what trains, and a warning if there is one."""
+    text = next(folder.glob('*/*.log')).read_text()
+    return ' '.join(line for line in text.splitlines()
+                    if 'parameters that train' in line or 'another learning rate' in line)
+
+
+def test_what_trains_is_told_once(cfg, tmp_path):
+    cfg.model.backbone.trainable = ['layer4.*']
+    # The rate is told as it was set: scaled for the batch, but not yet warmed up.
+    cfg.param_scheduler.insert(
+        0, dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500))
+    cfg.auto_scale_lr = dict(enable=True, base_batch_size=1)
+    cfg.optim_wrapper.optimizer.weight_decay = 0.05
+    cfg.optim_wrapper.paramwise_cfg = dict(custom_keys={
+        'layer4': dict(lr_mult=0.5), 'prompts.stage1': dict(decay_mult=0.)})
+    model = run(cfg).model
+
+    def count(part, wanted=True):
+        return sum(p.numel() for p in part.parameters() if p.requires_grad == wanted)
+
+    first = count(model.backbone.prompts.stage1)
+    rest = count(model.backbone.prompts) - first
+    layer4 = count(model.backbone.backbone.layer4)
+    head = count(model) - count(model.backbone)
+    assert told(tmp_path).endswith(
+        f'parameters that train: prompts: {first + rest:,} ({first:,} at lr 0.002, weight decay 0; '
+        f'{rest:,} at lr 0.002, weight decay 0.05), rest of the backbone: {layer4:,} ({layer4:,} '
+        f'at lr 0.001, weight decay 0.05), rest of the model: {head:,} ({head:,} at lr 0.002, '
+        f'weight decay 0.05); frozen: {count(model, False):,}')
+
+
+@pytest.mark.parametrize(('keys', 'warns'), [
+    ({'backbone': dict(lr_mult=0.1)}, True),
+    ({'backbone': dict(lr_mult=0.1), 'backbone.prompts': dict(lr_mult=2.)}, False)])
+def test_an_inherited_rate_is_warned_of(cfg, tmp_path, keys, warns):
+    """By a Runner that nobody has prepared."""
+    cfg.optim_wrapper.paramwise_cfg = dict(custom_keys=keys)
+    cfg.train_cfg.max_epochs = 0
+    run(cfg)
+    assert f'at lr {0.0001 if warns else 0.002:g}, weight decay' in told(tmp_path)
+    assert ('prompts train at another learning rate' in told(tmp_path)) == warns
