@@ -26,8 +26,8 @@ class RanksDisagree(RuntimeError):
 class FreezeGuardHook(Hook):
     """Holds training to the promise that what is frozen does not move.
 
-    Takes a digest of every frozen tensor before training, and compares after the first iterations
-    and at the end. A tensor that moved stops training with its name.
+    Holds the frozen tensors against the fingerprint of their backbone before training, takes a
+    digest of each, and compares after the first iterations and at the end. A tensor that moved stops training with its name.
 
     Averages of the model (those of ``EMAHook``, the teacher of ``MeanTeacherHook``) are kept from
     averaging what is frozen, which would move it by rounding, and are looked at in the end too.
@@ -63,6 +63,8 @@ class FreezeGuardHook(Hook):
     def before_train(self, runner) -> None:
         model = _unwrapped(runner)
         share_frozen(model, runner.hooks, first=runner.iter == 0)
+        # What init_weights or a hook has made of the weights so far: a snapshot would not tell.
+        audit(model)
         self._snapshot = FrozenSnapshot(model)
         if get_world_size() > 1:
             compare_ranks(all_gather_object(_stand(model, self._snapshot)))

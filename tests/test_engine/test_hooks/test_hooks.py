@@ -3,9 +3,10 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS as ROOT_HOOKS
 
-from mmprotune import FrozenTensorsChanged
+from mmprotune import FrozenTensorsChanged, checkpoint
 from mmprotune.engine.hooks import FreezeGuardHook, PromptStatsHook
-from tests.conftest import RESNET18
+from mmprotune.frozen.dry_run import tensors_in
+from tests.conftest import RESNET18, build
 from tests.detection import detector_cfg, draw_coco, run
 
 
@@ -30,6 +31,10 @@ class Meddler(Hook):
     def __init__(self, at, how):
         self.at, self.how = at, how
 
+    def before_train(self, runner):
+        if self.how == 'too early':
+            runner.model.backbone.backbone.conv1.weight.data[0] += 1
+
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         backbone = runner.model.backbone.backbone
         if runner.iter == self.at:
@@ -42,6 +47,35 @@ class Meddler(Hook):
 
 
 # --- FreezeGuardHook -------------------------------------------------------------------------
+
+
+def test_what_moved_before_the_first_step_is_seen(cfg):
+    cfg.custom_hooks = [dict(type='Meddler', at=0, how='too early'),
+                        dict(type='mmprotune.FreezeGuardHook')]
+    with pytest.raises(FrozenTensorsChanged, match='backbone: frozen tensors are not what they '
+                       r'were when the backbone got its weights: expected fingerprint .*…, got'):
+        run(cfg)
+
+
+def test_a_model_with_an_init_cfg_trains_and_its_checkpoint_is_what_was_trained(
+        cfg, resnet18_file):
+    """Its init_weights() draws new weights for every layer of a type, which passes frozen ones."""
+    cfg.model.init_cfg = [dict(type='Normal', layer='Conv2d', std=0.01),
+                          dict(type='Constant', layer='_BatchNorm', val=1., bias=0.)]
+    cfg.default_hooks.checkpoint.interval = 1
+    cfg.custom_hooks = [dict(type='mmprotune.PromptCheckpointHook'),
+                        dict(type='mmprotune.FreezeGuardHook')]
+    trained = run(cfg).model.eval()
+    weights = torch.load(resnet18_file)
+    assert torch.equal(trained.backbone.backbone.conv1.weight, weights['conv1.weight'])
+    assert torch.equal(trained.backbone.backbone.bn1.weight, weights['bn1.weight'])
+    again = build(cfg.model, seed=5).eval()
+    checkpoint.load(again, f'{cfg.work_dir}/epoch_1.pth')
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for found, expected in zip(again(x), trained(x)):
+            assert torch.equal(torch.cat([t.flatten() for t in tensors_in(found)]),
+                               torch.cat([t.flatten() for t in tensors_in(expected)]))
 
 
 def test_real_training_moves_nothing_frozen(cfg):
