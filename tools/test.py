@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     cfg = launch.load_config(args.config)
     if args.protune:
-        cfg = launch.wrap_config(cfg)
+        cfg = launch.wrap_config(cfg, args.cfg_options)
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)

@@ -135,9 +135,20 @@ def load_config(name: str) -> Config:
             raise LaunchError(f'config {name!r} is not shipped by {package!r}: {error}') from error
 
 
-def wrap_config(cfg: Config) -> Config:
-    """Acts on ``--protune``: :func:`mmprotune.protune`, with its errors named after the flag."""
+def wrap_config(cfg: Config, options: dict | None = None) -> Config:
+    """Acts on ``--protune``: :func:`mmprotune.protune`, with its errors named after the flag.
+
+    Args:
+        cfg (Config): The config; changed in place.
+        options (dict, optional): Those of ``--cfg-options``, which act on the wrapped config. A
+            ``load_from`` among them already says what the backbone is frozen at.
+
+    Returns:
+        Config: ``cfg``.
+    """
     from mmprotune.models import protune
+    if options and 'load_from' in options:
+        cfg.load_from = options['load_from']
     try:
         return protune(cfg)
     except (TypeError, ValueError) as error:

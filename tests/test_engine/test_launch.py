@@ -75,6 +75,11 @@ def test_wrap_config_names_the_flag():
         launch.wrap_config(Config(dict(model=dict(type='BERT'))))
 
 
+def test_wrap_config_knows_the_file_of_the_command_line():
+    cfg = Config(dict(model=dict(backbone=dict(type='ResNet')), load_from='old.pth'))
+    assert launch.wrap_config(cfg, {'load_from': 'new.pth'}).model.backbone.frozen_from == 'new.pth'
+
+
 @pytest.mark.parametrize(('config', 'given', 'in_config', 'expected'), [
     ('a/b.py', None, None, os.path.join('work_dirs', 'b_x')),
     ('mmdet::a/b.py', None, None, os.path.join('work_dirs', 'b_x')),
