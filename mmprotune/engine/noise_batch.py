@@ -120,7 +120,7 @@ def _detection(cfg: Config, size: int, rng: np.random.Generator, classes: int, m
     if kind == 'MultiBranchDataPreprocessor':
         processor = processor['data_preprocessor']
         # How a view of the image was moved against the other branch's: not at all.
-        meta['homography_matrix'] = np.eye(3)
+        meta['homography_matrix'] = np.eye(3, dtype=np.float32)
     boxes = np.array(BOXES, dtype=np.float32) * size
     instances = InstanceData(
         bboxes=torch.from_numpy(boxes), labels=torch.from_numpy(rng.integers(0, classes, 2)))

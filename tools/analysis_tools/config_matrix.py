@@ -20,7 +20,9 @@ import fnmatch
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -87,7 +89,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one process may take: address space in GB (10^9 bytes), wall-clock time in seconds."""
+    """What one process may take.
+
+    Attributes:
+        memory (float): Address space in GB (10^9 bytes).
+        seconds (float): Processor time, so that a busy machine gives the same verdicts as an idle
+            one; by the clock it may be ten times as much.
+    """
     memory: float = 9
     seconds: float = 180
 
@@ -187,10 +195,16 @@ def _backbone(model: dict) -> dict | None:
 
 
 def _pretrained(node: dict) -> dict | None:
-    """The part of a node's ``init_cfg`` that names a file."""
+    """The part of a node's ``init_cfg`` that names a file; PVT's has no type."""
     init_cfg = node.get('init_cfg')
     parts = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
-    return next((p for p in parts if isinstance(p, dict) and p.get('type') == 'Pretrained'), None)
+    return next((p for p in parts
+                 if isinstance(p, dict) and p.get('type', 'Pretrained') == 'Pretrained'), None)
+
+
+def _file_node(backbone: dict) -> tuple[tuple, dict] | None:
+    """The outermost dict in a backbone whose ``init_cfg`` names a file, and its path."""
+    return next((found for found in _nodes(backbone) if _pretrained(found[1])), None)
 
 
 def file_key(cfg: Config) -> str:
@@ -200,12 +214,13 @@ def file_key(cfg: Config) -> str:
         cfg (Config): A stock config.
 
     Returns:
-        str: 'init_cfg', 'pretrained' or 'checkpoint_path' of the backbone, 'model.pretrained',
-        'load_from', or ``NO_FILE``.
+        str: 'init_cfg', 'pretrained' or 'checkpoint_path' of the backbone, 'backbone_cfg.init_cfg'
+        or the like of a network inside it, 'model.pretrained', 'load_from', or ``NO_FILE``.
     """
     backbone = _backbone(cfg.model) or {}
-    if _pretrained(backbone):
-        return 'init_cfg'
+    found = _file_node(backbone)
+    if found:
+        return '.'.join([*map(str, found[0]), 'init_cfg'])
     for key in ('checkpoint_path', 'pretrained'):
         if backbone.get(key):
             return key
@@ -227,21 +242,23 @@ def runnable(cfg: Config) -> Config:
     if cfg.get('data_preprocessor'):  # as the Runner does it
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     for path, node in _nodes(cfg.model):
+        if _pretrained(node):
+            del node['init_cfg']
         if node.get('teacher_ckpt'):
             node['teacher_ckpt'] = None
         if path and path[-1] == 'data_preprocessor':
             if 'size' in node:  # mmseg pads to the size of the crops
                 del node['size']
                 node['size_divisor'] = 1
-            if not cfg.default_scope == 'mmpretrain':  # the others' are about sizes
+            if cfg.default_scope != 'mmpretrain':  # the others' are about sizes
                 node.pop('batch_augments', None)
     wrapper = cfg.get('optim_wrapper') or dict(optimizer=dict(type='AdamW', lr=1e-4))
-    cfg.optim_wrapper = wrapper
     if wrapper.get('type', 'OptimWrapper') == 'AmpOptimWrapper':  # needs a GPU
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             wrapper.pop(key, None)
         wrapper['type'] = 'OptimWrapper'
     wrapper['accumulative_counts'] = 1
+    cfg.optim_wrapper = wrapper
     launch.prepare_processes(cfg)
     return cfg
 
@@ -258,9 +275,12 @@ def point(cfg: Config, original: Config, folder: Path) -> None:
     if backbone is None:
         return
     key, file = file_key(original), str(folder / 'backbone.pth')
-    if key == 'init_cfg':
-        backbone['init_cfg'] = copy.deepcopy(was['init_cfg'])
-        _pretrained(backbone)['checkpoint'] = file
+    if key.endswith('init_cfg'):
+        node, (path, named) = backbone, _file_node(was)
+        for part in path:
+            node = node[part]
+        node['init_cfg'] = copy.deepcopy(named['init_cfg'])
+        _pretrained(node)['checkpoint'] = file
     elif key in ('pretrained', 'checkpoint_path'):
         if 'TIMM' in str(backbone['type']):
             key = 'checkpoint_path'  # pretrained=True asks timm to download
@@ -278,9 +298,13 @@ def point(cfg: Config, original: Config, folder: Path) -> None:
 
 
 def _converts(backbone: dict) -> bool:
-    import inspect
     cls = MODELS.get(str(backbone.get('type')))
     return cls is not None and 'convert_weights' in inspect.signature(cls.__init__).parameters
+
+
+def _named(model: nn.Module, name: str) -> nn.Module | None:
+    """The first submodule of that name, at any depth."""
+    return next((m for n, m in model.named_modules() if n.rpartition('.')[2] == name), None)
 
 
 def write_files(model: nn.Module, original: Config, folder: Path) -> None:
@@ -293,21 +317,24 @@ def write_files(model: nn.Module, original: Config, folder: Path) -> None:
         original (Config): Its config.
         folder (Path): Where to.
     """
-    name, backbone = next(((n, m) for n, m in model.named_modules()
-                           if n.rpartition('.')[2] == 'backbone'), (None, None))
+    backbone = _named(model, 'backbone')
     if backbone is None:
         return
-    state = backbone.state_dict()
     with torch.no_grad():
-        for tensor in state.values():
+        for tensor in backbone.state_dict().values():
             if tensor.is_floating_point():
                 tensor.mul_(1.01).add_(1e-3)
-    prefix = (_pretrained(_backbone(original.model) or {}) or {}).get('prefix') or ''
-    if prefix and not prefix.endswith('.'):
-        prefix += '.'
-    if 'TIMM' in type(backbone).__name__:  # timm loads into its own model
-        state = {k.partition('.')[2]: v for k, v in state.items()}
-    torch.save(dict(state_dict={prefix + k: v for k, v in state.items()}), folder / 'backbone.pth')
+    path, node = _file_node(_backbone(original.model) or {}) or ((), {})
+    if path:  # the file is that of a network inside
+        backbone = _named(backbone, path[-1].replace('_cfg', ''))
+    state = backbone.state_dict()
+    prefix = (_pretrained(node) or {}).get('prefix') or ''
+    # Loaders differ in the names they look for; the file has all of them.
+    prefixes = {'', 'backbone.', prefix.rstrip('.') + '.' if prefix else ''}
+    if 'TIMM' in type(backbone).__name__:  # timm loads into its own model, and strictly
+        state, prefixes = {k.partition('.')[2]: v for k, v in state.items()}, {''}
+    torch.save({p + k: v for p in sorted(prefixes) for k, v in state.items()},
+               folder / 'backbone.pth')
     if original.get('load_from'):
         torch.save(dict(state_dict=model.state_dict()), folder / 'model.pth')
 
@@ -354,8 +381,7 @@ def check_stock(run: Run, folder: Path) -> dict:
             failures.append(error)
             if _out_of_memory(error) or isinstance(error, NotImplementedError):
                 raise
-            wrapper.zero_grad()
-    raise failures[0]
+    raise failures[-1]
 
 
 def check_prompted(run: Run, folder: Path, stock: dict) -> dict:
@@ -401,9 +427,10 @@ def check_prompted(run: Run, folder: Path, stock: dict) -> dict:
         raise AssertionError('no prompt trains')
     if not named:
         faults += wrong_rates(wrapper.optimizer, prompts)
+    # Prompts start at zero, and so do some heads, which lets no gradient through.
     with torch.no_grad():
-        for name, parameter in prompts.items():
-            if name.endswith('expand.weight'):
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dim() > 1 and not parameter.any():
                 parameter.normal_(std=0.02)
     without = set(prompts)
     wrapper.optimizer.register_step_pre_hook(lambda *_: without.difference_update(
@@ -472,6 +499,9 @@ def _in_child(check: Callable, run: Run, limits: Limits, out: Path, args: tuple)
     os.dup2(log, 2)
     size = int(limits.memory * 1e9)
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    seconds = math.ceil(limits.seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(1)
     os.chdir(root(run.library).parent)  # some configs name others as configs/…
     warnings.simplefilter('ignore')
@@ -481,7 +511,8 @@ def _in_child(check: Callable, run: Run, limits: Limits, out: Path, args: tuple)
     except Exception as error:
         told = f'not within {limits.memory:g} GB' if _out_of_memory(error) else _one_line(error)
         result = dict(error=told, traceback=traceback.format_exc()[-6000:])
-    result['peak_mb'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    result.update(peak_mb=usage.ru_maxrss // 1024, seconds=usage.ru_utime + usage.ru_stime)
     out.write_text(json.dumps(result, default=str))
 
 
@@ -493,13 +524,12 @@ class _Job:
         self.limits = limits
         self.folder = tempfile.TemporaryDirectory(prefix='config_matrix_')
         self.stock: dict | None = None
-        self.began = time.monotonic()
         self._start('stock', check_stock)
 
     def _start(self, name: str, check: Callable, *args) -> None:
         folder = Path(self.folder.name)
         self._out = folder / f'{name}.json'
-        self._deadline = time.monotonic() + self.limits.seconds
+        self._deadline = time.monotonic() + 10 * self.limits.seconds
         self.process = multiprocessing.get_context('fork').Process(
             target=_in_child, args=(check, self.run, self.limits, self._out, (folder, *args)))
         self.process.start()
@@ -520,6 +550,7 @@ class _Job:
         try:
             found = json.loads(self._out.read_text())
         except (OSError, ValueError):
+            late = late or self.process.exitcode == -signal.SIGXCPU
             found = dict(error=f'not within {self.limits.seconds:g} s' if late
                          else self._last_words())
         if self.stock is None and 'error' not in found:
@@ -545,9 +576,10 @@ class _Job:
         else:
             verdict = 'fail' if reasons else 'pass'
             found['size'] = self.stock['size']
-        return dict(key=self.run.key, configs=self.run.configs, verdict=verdict,
+        seconds = sum(part.get('seconds', 0) for part in (self.stock or {}, found))
+        return dict(found, key=self.run.key, configs=self.run.configs, verdict=verdict,
                     reason='; '.join(reasons), file=file_key(self.run.cfg),
-                    seconds=round(time.monotonic() - self.began, 1), **found)
+                    seconds=round(seconds, 1))
 
 
 def check_all(runs: Sequence[Run], jobs: int = 1, limits: Limits = Limits()) -> Iterator[dict]:
@@ -561,8 +593,8 @@ def check_all(runs: Sequence[Run], jobs: int = 1, limits: Limits = Limits()) -> 
     Yields:
         dict: ``key`` and ``configs`` of the run; ``verdict``: 'pass', 'fail', or 'host' where the
         stock model does not load, build or take a step; ``reason``; ``file``, see
-        :func:`file_key`; ``seconds`` for both models; ``traceback`` of an error; what
-        :func:`check_prompted` returns.
+        :func:`file_key`; ``seconds`` of processor time for both models; ``traceback`` of an error;
+        what :func:`check_prompted` returns.
     """
     for library in LIBRARIES:  # once, for all children
         importlib.import_module(f'{library}.models')
@@ -678,7 +710,8 @@ def markdown(results: Sequence[dict], settings: dict, command: str) -> str:
     """
     versions = ', '.join(f'{name} {settings[name].partition("+")[0]}'
                          for name in ('mmprotune', 'torch', *LIBRARIES))
-    limits = f'{settings["memory"]:g} GB of address space and {settings["seconds"]:g} s'
+    limits = (f'{settings["memory"]:g} GB of address space and {settings["seconds"]:g} s of '
+              'processor time')
     lines = [
         '# Stock configs', '',
         f'{summary(results)}. Written by `{command}` with {versions}, on a CPU.', '',
@@ -704,7 +737,8 @@ def markdown(results: Sequence[dict], settings: dict, command: str) -> str:
                      f'{counts["fail"]} | {counts["host"]} |')
     failed = [r for r in ordered if r['verdict'] == 'fail']
     if failed:
-        lines += ['', '## Failures', '', '| config | configs | file | reason |', '|---|---|---|---|']
+        lines += ['', '## Failures', '', '| config | configs | file | reason |',
+                  '|---|---|---|---|']
         lines += [f'| {r["configs"][0]} | {len(r["configs"])} | {r["file"]} | '
                   f'{_cell(r["reason"])} |' for r in failed]
     lines += ['', '## All', '', '| config | configs | file | size | prompts | seconds | verdict |',
@@ -733,7 +767,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--memory', type=float, default=Limits.memory, metavar='GB',
                         help='address space of one process (default: %(default)s)')
     parser.add_argument('--seconds', type=float, default=Limits.seconds,
-                        help='time limit of one process (default: %(default)s)')
+                        help='processor time of one process, of which ten times as much may pass '
+                        'by the clock (default: %(default)s)')
     parser.add_argument('--log', type=Path, metavar='FILE',
                         help='keep results there, as JSON lines, and go on with what it holds')
     parser.add_argument('--out', type=Path, help='write the table here (docs/configs.md)')
