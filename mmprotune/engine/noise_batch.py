@@ -124,7 +124,7 @@ def _detection(cfg: Config, size: int, rng: np.random.Generator, classes: int, m
     boxes = np.array(BOXES, dtype=np.float32) * size
     instances = InstanceData(
         bboxes=torch.from_numpy(boxes), labels=torch.from_numpy(rng.integers(0, classes, 2)))
-    if processor.get('pad_mask'):
+    if processor.get('pad_mask') or 'mask_head' in cfg.model.get('roi_head', {}):
         masks = np.zeros((2, size, size), dtype=np.uint8)
         for mask, (x1, y1, x2, y2) in zip(masks, boxes.astype(int)):
             mask[y1:y2, x1:x2] = 1

@@ -43,7 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
@@ -350,6 +350,9 @@ def _build(cfg: Config) -> nn.Module:
 def _step(model: nn.Module, cfg: Config, size: int, wrapper) -> bool:
     """One training step as the Runner takes it; whether its losses are finite."""
     model.train()
+    hub = MessageHub.get_current_instance()
+    for key, value in dict(iter=0, epoch=0, max_iters=1, max_epochs=1).items():
+        hub.update_info(key, value)  # some heads warm up by it
     batch = noise_batch(cfg, size, BATCH_SIZE, np.random.default_rng(0))
     return all(bool(value.isfinite().all()) for value in model.train_step(batch, wrapper).values())
 
@@ -497,6 +500,7 @@ def _in_child(check: Callable, run: Run, limits: Limits, out: Path, args: tuple)
     log = os.open(out.with_suffix('.log'), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, 'w')  # a test's may be others
     size = int(limits.memory * 1e9)
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     seconds = math.ceil(limits.seconds)
@@ -598,7 +602,6 @@ def check_all(runs: Sequence[Run], jobs: int = 1, limits: Limits = Limits()) -> 
     """
     for library in LIBRARIES:  # once, for all children
         importlib.import_module(f'{library}.models')
-    torch.set_num_threads(1)
     waiting, active = list(runs), []
     try:
         while waiting or active:
