@@ -29,9 +29,10 @@ def noise_item(cfg: Config, size: int, rng: np.random.Generator) -> dict:
 
     Returns:
         dict: ``inputs``: uint8 Tensor of shape (3, size, size), a list of them where the training
-        pipeline makes several views, (2, 3, size, size) for a video; ``data_samples``: annotations
-        of what the model learns (two boxes, with masks where the model wants them; a label map; a
-        label). Semi-supervised models have a dict of both by branch.
+        pipeline makes several views, (2, 3, size, size) for a video, (3, 2 * size, size) where
+        persons are told apart; ``data_samples``: annotations of what the model learns (two boxes,
+        with masks where the model wants them; a label map; a label). Semi-supervised models have a
+        dict of both by branch.
 
     Raises:
         KeyError: ``default_scope`` is none of the three libraries.
@@ -55,7 +56,8 @@ def noise_item(cfg: Config, size: int, rng: np.random.Generator) -> dict:
     if kind == 'TrackDataPreprocessor' and not processor.get('use_det_processor'):
         frames = [_image(size, rng) for _ in range(2)]
         return dict(inputs=torch.stack(frames), data_samples=_video(cfg, size, rng, classes))
-    image = _image(size, rng)
+    # People stand: models that re-identify them pool maps of twice the height.
+    image = _image(size, rng, height=2 * size if kind == 'ReIDDataPreprocessor' else size)
     sample = items[scope](cfg, size, rng, classes, _meta(size))
     return dict(inputs=_views(cfg, image, rng), data_samples=sample)
 
@@ -80,8 +82,8 @@ def _data_preprocessor(cfg: Config) -> dict:
     return cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
 
 
-def _image(size: int, rng: np.random.Generator) -> Tensor:
-    return torch.from_numpy(rng.integers(0, 256, (3, size, size), dtype=np.uint8))
+def _image(size: int, rng: np.random.Generator, height: int | None = None) -> Tensor:
+    return torch.from_numpy(rng.integers(0, 256, (3, height or size, size), dtype=np.uint8))
 
 
 def _meta(size: int) -> dict:
@@ -173,6 +175,6 @@ def _classification(cfg: Config, size: int, rng: np.random.Generator, classes: i
     sample = DataSample(metainfo=meta).set_gt_label(int(rng.integers(0, classes)))
     for transform in _transforms(cfg):
         if str(transform['type']).endswith('MaskGenerator'):
-            mask = TRANSFORMS.build(dict(transform)).transform({})['mask']
+            mask = TRANSFORMS.build(dict(transform, _scope_='mmpretrain')).transform({})['mask']
             sample.set_field(torch.as_tensor(np.asarray(mask)), 'mask')
     return sample

@@ -612,7 +612,8 @@ def check_all(runs: Sequence[Run], jobs: int = 1, limits: Limits = Limits()) -> 
                                reason=f'the config does not load: {run.error}', seconds=0)
                 else:
                     active.append(_Job(run, limits))
-            wait([job.process.sentinel for job in active], timeout=1)
+            if active:
+                wait([job.process.sentinel for job in active], timeout=1)
             for job in list(active):
                 result = job.poll()
                 if result is not None:
