@@ -18,7 +18,7 @@ spec.loader.exec_module(matrix)
 TWENTY = [
     'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py',
     'mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py',
-    'mmdet::pvt/retinanet_pvtv2-b0_fpn_1x_coco.py',
+    'mmdet::centernet/centernet_r18_8xb16-crop512-140e_coco.py',
     'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
     'mmdet::yolox/yolox_nano_8xb8-300e_coco.py',
     # The backbone's rate is a tenth.
@@ -32,8 +32,8 @@ TWENTY = [
     'mmdet::cityscapes/faster-rcnn_r50_fpn_1x_cityscapes.py',
     'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
     'mmseg::segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512.py',
-    'mmseg::pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes.py',
-    'mmseg::bisenetv1/bisenetv1_r18-d32-in1k-pre_4xb4-160k_coco-stuff164k-512x512.py',
+    'mmseg::fcn/fcn_r18-d8_4xb2-80k_cityscapes-512x1024.py',
+    'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_coco-stuff164k-512x512.py',
     'mmseg::mobilenet_v3/mobilenet-v3-d8-s_lraspp_4xb4-320k_cityscapes-512x1024.py',
     # The classifier's own init_cfg draws linear layers anew.
     'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py',
