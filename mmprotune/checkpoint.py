@@ -20,6 +20,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from . import safe_io
+from .config_nodes import class_names, node_of, prompted_nodes, training_patterns
 from .frozen import fingerprint
 from .frozen.fingerprint import OPTIONAL_BUFFERS
 from .safe_io import CheckpointError, CheckpointNotWritten, UnreadableCheckpoint, read, register
@@ -28,9 +29,9 @@ from .version import __version__
 __all__ = [
     'CheckpointError', 'CheckpointNotWritten', 'FingerprintMismatch', 'FunctionMismatch',
     'IncompleteCheckpoint',
-    'NonFiniteCheckpoint', 'UnreadableCheckpoint', 'describe_model', 'extract', 'full_state_dict',
-    'inspect', 'load', 'merge', 'newest', 'problems', 'prompted_parts', 'read', 'register',
-    'verify'
+    'NonFiniteCheckpoint', 'UnreadableCheckpoint', 'describe_model', 'extract', 'frozen_origins',
+    'full_state_dict', 'inspect', 'load', 'merge', 'newest', 'origin_hint', 'problems',
+    'prompted_parts', 'read', 'register', 'training_names', 'verify'
 ]
 
 FINGERPRINT = 'frozen_fingerprint'
@@ -75,10 +76,19 @@ def _shown(names, most: int = 5) -> str:
 
 @dataclass
 class _FullLoad:
-    """A state dict that brings the frozen tensors too; ``fingerprint`` is the one it carries, and
-    ``has_function`` whether it says what the network computes."""
-    fingerprint: Tensor | None
+    """A state dict that brings the frozen tensors too.
+
+    Attributes:
+        frozen (dict[str, Tensor]): Those that make the backbone the same one, as they are to be
+            loaded, by dotted name in the backbone.
+        has_function (bool): Whether it says what the network computes.
+        checked (bool): Whether they came with a fingerprint, and what arrives is to be checked.
+        cast (bool): Whether the model was cast as a whole since it was built (``model.half()``).
+    """
+    frozen: dict[str, Tensor]
     has_function: bool
+    checked: bool
+    cast: bool
 
     def verify(self, module: nn.Module) -> None:
         module.refresh_fingerprint()
@@ -88,27 +98,73 @@ class _FullLoad:
             if max(module.function_distance(function, module.frozen_function)) > ROUNDING or \
                     not module.frozen_function.any():
                 module.frozen_function.copy_(function)
-        if self.fingerprint is not None and not torch.equal(
-                self.fingerprint.cpu(), module.frozen_fingerprint.cpu()):
-            raise _torn(self.fingerprint, module.frozen_fingerprint)
+        if self.checked:
+            arrived = module.frozen_tensors()
+            expected = fingerprint({n: t.to(arrived[n].dtype) for n, t in self.frozen.items()})
+            if not torch.equal(expected, module.frozen_fingerprint.cpu()):
+                raise FingerprintMismatch(
+                    'the frozen tensors are not what the checkpoint holds after loading it: '
+                    f'expected {_hex(expected)[:16]}…, got {_hex(module.frozen_fingerprint)[:16]}…')
+        if self.cast:
+            # The identity stays that of the weights before the cast, as for one that was built
+            # with them: slim files of it load before the cast and after.
+            sha = fingerprint(self.frozen)
+            module.frozen_fingerprint.copy_(sha)
+            module.own_fingerprint = _hex(sha)
 
 
-def _torn(expected: Tensor, found: Tensor) -> FingerprintMismatch:
-    return FingerprintMismatch(
-        'the frozen tensors in the checkpoint do not match the fingerprint in it: expected '
-        f'{_hex(expected)[:16]}…, got {_hex(found)[:16]}…; the file is damaged or was put together '
-        'from two')
+def _identity(names) -> list[str]:
+    """Names of the frozen tensors that make a backbone the same one."""
+    return [name for name in names if name.rpartition('.')[2] not in OPTIONAL_BUFFERS]
 
 
-def _check_together(where: str, own: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> None:
-    """Raises when the frozen tensors that came do not have the fingerprint that came with them."""
-    incoming = {
-        name: own.get(f'backbone.{name}', tensor).to(tensor)
-        for name, tensor in frozen.items() if name.rpartition('.')[2] not in OPTIONAL_BUFFERS}
-    found = fingerprint(incoming)
-    if not torch.equal(own[FINGERPRINT].cpu(), found):
-        error = _torn(own[FINGERPRINT], found)
-        raise FingerprintMismatch(f'{where}: {error}')
+def _check_together(where: str, sha: Tensor, own: Mapping[str, Tensor],
+                    frozen: Mapping[str, Tensor]) -> None:
+    """Raises when the frozen tensors that came do not have the fingerprint that came with them.
+
+    They are looked at as they came, in their own precision.
+    """
+    names = _identity(frozen)
+    found = fingerprint({name: own.get(f'backbone.{name}', frozen[name]) for name in names})
+    if torch.equal(sha.cpu(), found):
+        return
+    # Where the file's model froze everything and this one does not, the file is whole too.
+    inner = {key.partition('.')[2]: t for key, t in own.items() if key.startswith('backbone.')}
+    if not torch.equal(sha.cpu(), fingerprint({name: inner[name] for name in _identity(inner)})):
+        raise FingerprintMismatch(
+            f'{where}: the frozen tensors in the checkpoint do not match the fingerprint in it: '
+            f'expected {_hex(sha)[:16]}…, got {_hex(found)[:16]}…; the file is damaged or was put '
+            'together from two, or `freeze` and `trainable` were others')
+
+
+def _prepare(where: str, backbone: nn.Module, own: dict[str, Tensor]) -> None:
+    """Lets the backbone's own load hooks have their way with a state dict; they resize tables.
+
+    Hosts run them too late: when the shapes have been compared. Those that find nothing to do,
+    as after this, change nothing.
+
+    Args:
+        where (str): For the error.
+        backbone (nn.Module): The wrapped backbone.
+        own (dict[str, Tensor]): State dict of the prompted one; changed in place.
+    """
+    inner = {key.partition('.')[2]: t for key, t in own.items() if key.startswith('backbone.')}
+    before = dict(inner)
+    try:
+        for path, module in backbone.named_modules():
+            for hook in module._load_state_dict_pre_hooks.values():
+                hook(inner, f'{path}.' if path else '', {}, True, [], [], [])
+    except Exception as error:  # a stranger's shapes
+        first = (str(error).strip().splitlines() or [''])[0]
+        raise IncompleteCheckpoint(f'{where}: the checkpoint does not fit: '
+                                   f'{type(error).__name__}: {first}') from error
+    # What hooks leave out is computed by the backbone: it stays as it is, and is not missing.
+    present = backbone.state_dict()
+    inner.update((key, present[key]) for key in before if key not in inner and key in present)
+    for key in before:
+        if key not in inner:
+            del own[f'backbone.{key}']
+    own.update((f'backbone.{key}', tensor) for key, tensor in inner.items())
 
 
 def _check_function(where: str, module: nn.Module, found: Tensor, own: Tensor) -> None:
@@ -198,21 +254,41 @@ def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
             raise FingerprintMismatch(
                 f'{where}: the checkpoint was trained on another frozen backbone: expected '
                 f'fingerprint {_hex(module.frozen_fingerprint)[:16]}…, got '
-                f'{_hex(own[FINGERPRINT].flatten())[:16]}…; check backbone.init_cfg')
+                f'{_hex(own[FINGERPRINT].flatten())[:16]}…; check backbone.init_cfg and '
+                'frozen_from')
         if function is not None:
             _check_function(where, module, function, module.frozen_function)
         wanted = {k: t for k, t in wanted.items() if k not in frozen}
+    came = dict(own)
+    if full:
+        _prepare(where, module.backbone, own)
+        for key in set(came) - set(own):
+            del state_dict[prefix + key]
+        state_dict.update((prefix + key, tensor) for key, tensor in own.items())
     _compare(where, wanted, {k: v for k, v in own.items() if k not in (FINGERPRINT, FUNCTION)})
-    # Before anything is loaded; _FullLoad looks once more at what has arrived in the model.
-    # Which tensors were frozen is not known where the pre-trained file was not to be had.
-    known = full and prompted and not module.lacks_weights
-    if known and FINGERPRINT in own:
-        _check_together(where, own, {n: inner[n] for n in module.frozen_names if n in inner})
-    if known and function is not None:
-        _check_function(where, module, function, module.function_of(
-            {n: own[f'backbone.{n}'] for n in module.frozen_names if f'backbone.{n}' in own}))
-    module.__dict__['_incoming'] = (prefix, _FullLoad(
-        own.get(FINGERPRINT) if known else None, known and function is not None) if full else None)
+    full_load = None
+    if full:
+        present = {n: inner[n] for n in module.frozen_names if n in inner}
+        # Which tensors were frozen is not known where the pre-trained file was not to be had.
+        known = prompted and not module.lacks_weights
+        checked = known and FINGERPRINT in own
+        coming = {n: own.get(f'backbone.{n}', present[n]) for n in _identity(present)}
+        # Before anything is loaded; _FullLoad looks once more at what has arrived.
+        if checked:
+            _check_together(where, own[FINGERPRINT], came, present)
+        if known and function is not None:
+            _check_function(where, module, function, module.function_of(coming))
+        full_load = _FullLoad(coming, has_function=known and function is not None,
+                              checked=checked, cast=_was_cast(module, present, coming))
+    module.__dict__['_incoming'] = prefix, full_load
+
+
+def _was_cast(module: nn.Module, present: Mapping[str, Tensor],
+              coming: Mapping[str, Tensor]) -> bool:
+    """Whether a model's frozen tensors are in another precision than their fingerprint is of."""
+    return any(present[name].dtype != tensor.dtype for name, tensor in coming.items()) and \
+        bool(module.frozen_fingerprint.any()) and not torch.equal(
+            module.frozen_fingerprint.cpu(), fingerprint({n: present[n] for n in coming}))
 
 
 def _compare(where: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
@@ -261,8 +337,10 @@ def full_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
     state_dict = model.state_dict()
     for path, part in prompted_parts(model):
         prefix = f'{path}.backbone.' if path else 'backbone.'
-        for name, tensor in part.frozen_tensors().items():
-            state_dict[prefix + name] = tensor.detach()
+        frozen = {name: tensor.detach() for name, tensor in part.frozen_tensors().items()}
+        state_dict.update((prefix + name, tensor) for name, tensor in frozen.items())
+        # Of what is written: the model may have been cast since its own was taken.
+        state_dict[_key(path)] = fingerprint({n: frozen[n] for n in _identity(frozen)})
     return state_dict
 
 
@@ -336,12 +414,77 @@ def load(model: nn.Module, path: str | os.PathLike) -> dict:
         _check_whole(model, state_dict)
         incompatible = model.load_state_dict(state_dict, strict=False)
     except CheckpointError as error:
-        raise type(error)(f'{path}: {error}') from None
+        raise type(error)(f'{path}: {error}{origin_hint(model, checkpoint)}') from None
     missing = [k for k in incompatible.missing_keys if not k.endswith('num_batches_tracked')]
     if missing or incompatible.unexpected_keys:
         raise IncompleteCheckpoint(f'{path}: missing: {_shown(missing) or "none"}; not expected: '
                                    f'{_shown(incompatible.unexpected_keys) or "none"}')
     return checkpoint
+
+
+def origin_hint(model: nn.Module, checkpoint: Any) -> str:
+    """Names the files whose frozen backbones a checkpoint needs, where the model has others.
+
+    Args:
+        model (nn.Module): A model that holds prompted backbones.
+        checkpoint: A whole checkpoint; any part of its meta may be missing.
+
+    Returns:
+        str: To be put behind an error; '' where the backbones are the right ones, or the
+        checkpoint does not say what it was trained on.
+    """
+    backbones, hints = _backbones_of(checkpoint), []
+    for path, part in prompted_parts(model):
+        known = backbones.get(path)
+        if known is None or known['fingerprint'] == _hex(part.frozen_fingerprint):
+            continue
+        key = _key_of(path)
+        own, source = getattr(part, 'frozen_from', None), known['frozen_from']
+        if source is None and known['pretrained'] is None:
+            continue
+        hint = f"it was trained on the backbone of {source or known['pretrained']}"
+        if source is not None and own != source:
+            hint += f': set {key}.frozen_from={source}'
+            more = training_patterns(dict(trainable=part.trainable), known['trains'])
+            if len(more) > len(part.trainable):
+                hint += f' and {key}.trainable={more}'
+        elif source is not None:
+            hint += ', which this one is filled from too: the file holds other weights than then'
+        elif own is not None:
+            hint += f', and this one is filled from {own}: leave {key}.frozen_from out'
+        hints.append(hint)
+    return ''.join(f'; {hint}' for hint in dict.fromkeys(hints))
+
+
+def _key_of(path: str) -> str:
+    """The config key of a prompted backbone."""
+    return f'model.{path}' if path else 'model'
+
+
+def frozen_origins(path: str | os.PathLike) -> dict[str, tuple[str, list[str]]]:
+    """What the ``frozen_from`` of the backbones was that a checkpoint file was trained on.
+
+    Args:
+        path (str | os.PathLike): Local file.
+
+    Returns:
+        dict[str, tuple[str, list[str]]]: By the backbone's place in the model: the file it was
+        filled from, and its parameters that train. Only backbones that were.
+
+    Raises:
+        UnreadableCheckpoint: It cannot be read.
+    """
+    return {place: (known['frozen_from'], known['trains'])
+            for place, known in _backbones_of(read(path)).items()
+            if known['frozen_from'] is not None}
+
+
+def _backbones_of(checkpoint: Any) -> dict:
+    """What the meta of a checkpoint says of its backbones; empty where it is of no use."""
+    try:
+        return _known(checkpoint['meta']['mmprotune'])['backbones']
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        return {}
 
 
 def describe_model(model: nn.Module) -> dict:
@@ -362,6 +505,9 @@ def describe_model(model: nn.Module) -> dict:
             frozen_tensors=len(frozen),
             frozen_bytes=sum(t.numel() * t.element_size() for t in frozen.values()),
             last_stage=part.last_stage,
+            pretrained=getattr(part, 'frozen_source', None),
+            frozen_from=getattr(part, 'frozen_from', None),
+            trains=training_names(part),
             stages=[
                 dict(name=s.name, path=s.path, channels=s.channels, stride=float(s.stride))
                 for s in part.stages
@@ -386,6 +532,8 @@ def newest(work_dir: str | os.PathLike) -> str | None:
         str, optional: Path of a checkpoint that can be resumed from; None where there is none.
 
     Raises:
+        IncompleteCheckpoint: The newest one was saved without an optimizer. Going on from an older
+            one, or training anew, would overwrite it.
         UnreadableCheckpoint: There are some, and all of them are broken.
     """
     work_dir = os.fspath(work_dir)
@@ -410,12 +558,20 @@ def newest(work_dir: str | os.PathLike) -> str | None:
     for path in dict.fromkeys(order):
         try:
             checkpoint = read(path)
+            if not isinstance(checkpoint, dict):
+                raise UnreadableCheckpoint(f'{path}: expected a dict with a state dict, got '
+                                           f'{type(checkpoint).__name__}')
         except UnreadableCheckpoint as error:
             broken = broken or error
             print_log(f'passed over: {error}', logger='current', level=logging.WARNING)
             continue
-        if isinstance(checkpoint, dict) and 'optimizer' in checkpoint:
+        if 'optimizer' in checkpoint:
             return path
+        # Not every file with a number is the run's: pre-trained and published ones may lie here.
+        if path == last or re.fullmatch(r'(epoch|iter)_\d+\.pth', os.path.basename(path)):
+            raise IncompleteCheckpoint(
+                f'{path}: it holds no optimizer, so training cannot be resumed from it, and would '
+                f'overwrite it: start in another work_dir, with load_from={path} for its weights')
     if broken is not None:
         raise broken
     return None
@@ -488,6 +644,9 @@ def _known(meta: dict) -> dict:
             frozen_tensors=int(b['frozen_tensors']),
             frozen_bytes=int(b['frozen_bytes']),
             last_stage=str(b['last_stage']),
+            **{key: None if b.get(key) is None else str(b[key])
+               for key in ('pretrained', 'frozen_from')},
+            trains=[str(name) for name in b.get('trains') or ()],
             stages=[
                 dict(name=str(s['name']), path=str(s['path']), channels=int(s['channels']),
                      stride=float(s['stride'])) for s in b['stages']
@@ -496,11 +655,14 @@ def _known(meta: dict) -> dict:
     return dict(version=None if version is None else str(version), backbones=backbones)
 
 
+def _config(cfg: Config | str | os.PathLike) -> Config:
+    return cfg if isinstance(cfg, Config) else Config.fromfile(os.fspath(cfg))
+
+
 def _build(cfg: Config | str | os.PathLike) -> nn.Module:
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
-    if not isinstance(cfg, Config):
-        cfg = Config.fromfile(os.fspath(cfg))
+    cfg = _config(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     if not prompted_parts(model):
@@ -509,26 +671,59 @@ def _build(cfg: Config | str | os.PathLike) -> nn.Module:
     return model.eval()
 
 
+def _self_contained(cfg: Config, model: nn.Module) -> Config:
+    """A config whose model builds without a pre-trained file, and freezes what ``model`` does."""
+    from .engine.launch import without_pretrained
+    cfg = without_pretrained(cfg)
+    nodes = prompted_nodes(cfg.get('model'))
+    for path, part in prompted_parts(model):
+        node = node_of(path, nodes)
+        if node is not None:
+            node['trainable'] = training_patterns(node, training_names(part))
+    return cfg
+
+
+def training_names(part: nn.Module) -> list[str]:
+    """Dotted names of the parameters of a prompted backbone's frozen network that train."""
+    return [name for name, _ in part.backbone.named_parameters() if name not in part.frozen_names]
+
+
 def _writable(out: str | os.PathLike, force: bool) -> str:
     out = os.fspath(out)
+    if out.endswith('.safetensors'):
+        raise CheckpointError(f'{out}: expected a name that ends with .pth; a checkpoint holds '
+                              'more than tensors, and safetensors files do not')
     if os.path.exists(out) and not force:
         raise FileExistsError(f'{out} exists; nothing was written (--force overwrites)')
     return out
 
 
-def _rewritten(checkpoint: dict, state_dict: Mapping[str, Tensor], meta: dict | None) -> dict:
-    """A checkpoint for inference and fine-tuning: weights and meta, without optimizer state."""
+def _rewritten(checkpoint: dict, state_dict: Mapping[str, Tensor], meta: dict | None,
+               cfg: Config) -> dict:
+    """A checkpoint for inference and fine-tuning: weights and meta, without optimizer state.
+
+    Inferencers that get no config build the one in the meta, so it must be one for these weights.
+    """
     old = checkpoint.get('meta', {}) if 'state_dict' in checkpoint else {}
     new = {k: v for k, v in safe_io.to_plain(old).items() if k != 'mmprotune'}
     if meta is not None:
         new['mmprotune'] = meta
+    try:
+        new['cfg'] = cfg.pretty_text
+    except SyntaxError:  # MMEngine writes no config with classes in place of names
+        new.pop('cfg', None)
+        print_log('the config is left out of the meta: it holds objects that cannot be written',
+                  logger='current', level=logging.WARNING)
     return dict(
         meta=new,
         state_dict=OrderedDict((k, v.detach().cpu().clone()) for k, v in state_dict.items()))
 
 
 def verify(path: str | os.PathLike, cfg: Config | str | os.PathLike) -> dict:
-    """Checks a checkpoint against a config: fingerprint, keys, shapes, finite values.
+    """Checks a checkpoint against a config: fingerprint, keys, shapes, finite values, classes.
+
+    The names of the classes are compared, in their order, with those of the config's data sets,
+    where both are known without reading annotation files.
 
     Args:
         path (str | os.PathLike): Slim or full prompted checkpoint.
@@ -543,8 +738,36 @@ def verify(path: str | os.PathLike, cfg: Config | str | os.PathLike) -> dict:
     info = inspect(path)
     if info['kind'] == 'stock':
         raise CheckpointError(f'{info["path"]} is a stock checkpoint: expected a prompted one')
-    load(_build(cfg), path)
+    cfg = _config(cfg)
+    _check_classes(load(_build(cfg), path), cfg, info['path'])
     return info
+
+
+def _check_classes(checkpoint: dict, cfg: Config, path: str) -> None:
+    meta = checkpoint.get('meta') if 'state_dict' in checkpoint else None
+    dataset_meta = meta.get('dataset_meta') if isinstance(meta, dict) else None
+    trained = dataset_meta.get('classes') if isinstance(dataset_meta, dict) else None
+    if not isinstance(trained, (list, tuple)):
+        return
+    trained = [str(name) for name in trained]
+    for key, names in class_names(cfg).items():
+        if names == trained:
+            continue
+        if sorted(names) == sorted(trained):
+            what = 'the same classes in another order'
+        elif len(names) != len(trained):
+            what = f'{len(trained)} classes, the config has {len(names)}'
+        else:
+            what = 'other classes'
+        at = next((i for i, (a, b) in enumerate(zip(trained, names)) if a != b),
+                  min(len(trained), len(names)))
+        raise CheckpointError(
+            f'{path}: it was trained with {what}. From number {at} on: '
+            f'expected {_in_order(trained[at:])}, got {_in_order(names[at:])} in {key}.metainfo')
+
+
+def _in_order(names: list[str], most: int = 3) -> str:
+    return (', '.join(names[:most]) or 'none') + (', …' if len(names) > most else '')
 
 
 def extract(path: str | os.PathLike, cfg: Config | str | os.PathLike, out: str | os.PathLike,
@@ -568,6 +791,7 @@ def extract(path: str | os.PathLike, cfg: Config | str | os.PathLike, out: str |
     out = _writable(out, force)
     if os.path.abspath(out) == os.path.abspath(os.fspath(path)):
         raise CheckpointError(f'{out}: input and output are the same file')
+    cfg = _config(cfg)
     model = _build(cfg)
     before = {p: part.frozen_fingerprint.clone() for p, part in prompted_parts(model)}
     checkpoint = load(model, path)
@@ -576,8 +800,9 @@ def extract(path: str | os.PathLike, cfg: Config | str | os.PathLike, out: str |
             raise FingerprintMismatch(
                 f"{os.fspath(path)}: its backbone is not the one of the config's pre-trained file: "
                 f'expected fingerprint {_hex(before[place])[:16]}…, got '
-                f'{_hex(part.frozen_fingerprint)[:16]}…; a slim file of it could not be used')
-    safe_io.write(_rewritten(checkpoint, model.state_dict(), describe_model(model)), out)
+                f'{_hex(part.frozen_fingerprint)[:16]}…; a slim file of it could not be used. '
+                f'With {_key_of(place)}.frozen_from={os.path.abspath(path)} it can')
+    safe_io.write(_rewritten(checkpoint, model.state_dict(), describe_model(model), cfg), out)
     return inspect(out)
 
 
@@ -586,7 +811,8 @@ def merge(path: str | os.PathLike, cfg: Config | str | os.PathLike, out: str | o
     """Makes a full checkpoint of a slim one.
 
     Where a backbone has no prompts, its keys are those of the stock model, which loads the file
-    as it is; else those of the prompted model.
+    as it is; else those of the prompted model. The config in the new file's meta needs no
+    pre-trained file.
 
     Args:
         path (str | os.PathLike): Slim checkpoint.
@@ -604,6 +830,7 @@ def merge(path: str | os.PathLike, cfg: Config | str | os.PathLike, out: str | o
     out = _writable(out, force)
     if os.path.abspath(out) == os.path.abspath(os.fspath(path)):
         raise CheckpointError(f'{out}: input and output are the same file')
+    cfg = _config(cfg)
     model = _build(cfg)
     checkpoint = load(model, path)
     state_dict = full_state_dict(model)
@@ -617,5 +844,6 @@ def merge(path: str | os.PathLike, cfg: Config | str | os.PathLike, out: str | o
         meta['backbones'].pop(place)
         for key in [k for k in state_dict if k.startswith(f'{prefix}backbone.')]:
             state_dict[prefix + key[len(prefix) + len('backbone.'):]] = state_dict.pop(key)
-    safe_io.write(_rewritten(checkpoint, state_dict, meta if meta['backbones'] else None), out)
+    safe_io.write(_rewritten(checkpoint, state_dict, meta if meta['backbones'] else None,
+                             _self_contained(cfg, model)), out)
     return inspect(out)

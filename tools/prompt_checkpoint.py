@@ -20,7 +20,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                        ('extract', 'make a slim checkpoint of a full one'),
                        ('merge', 'make a full checkpoint of a slim one; without prompts in the '
                         "stock model's own keys"),
-                       ('verify', "check a checkpoint against a config's backbone and head")):
+                       ('verify', 'check a checkpoint against the backbone, head and classes of a '
+                        'config')):
         verb[name] = verbs.add_parser(name, help=text, description=text)
         if name in ('info', 'verify'):
             verb[name].add_argument('--json', action='store_true', help='print JSON, on one line')
@@ -54,6 +55,8 @@ def _text(info: dict) -> str:
             lines.append(f"    {known['type']}, {known['frozen_tensors']} frozen tensors "
                          f"({known['frozen_bytes']:,} bytes), last_stage={known['last_stage']}, "
                          f"written by mmprotune {info['version']}")
+            lines += [f'    {key}: {known[key]}' for key in ('pretrained', 'frozen_from')
+                      if known[key] is not None]
             lines += [
                 f"    {s['name']}: {s['path']}, {s['channels']} channels, stride {s['stride']:g}"
                 for s in known['stages']

@@ -29,7 +29,7 @@ from mmengine.runner import Runner
 from torch.distributed import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from mmprotune.config_nodes import dicts_in, names_file, type_name
+from mmprotune.config_nodes import dicts_in, file_of, type_name
 
 # mmcv's names of the layer that synchronises batch statistics between processes.
 SYNC_BN_TYPES = ('SyncBN', 'MMSyncBN')
@@ -177,7 +177,11 @@ def set_resume(cfg: Config, resume: str | None) -> None:
         cfg (Config): The config; ``work_dir`` is set.
         resume (str, optional): A checkpoint, or 'auto': the newest one in ``work_dir``. Where
             ``work_dir`` has none, training starts anew and ``load_from`` keeps its meaning, so
-            that the first start of a job that will be resumed needs no other command line.
+            that the first start of a job that will be resumed needs no other command line. Where
+            that start filled the frozen backbone from ``load_from``, so does the next.
+
+    Raises:
+        CheckpointError: The newest one cannot be resumed from.
     """
     if resume is None:
         return
@@ -188,8 +192,30 @@ def set_resume(cfg: Config, resume: str | None) -> None:
             notify(f'--resume: no checkpoint in {cfg.work_dir!r}, training starts anew')
             return
     check_checkpoint_path('--resume', resume)
+    if '://' not in resume:
+        _fill_as_trained(cfg, resume)
     cfg.resume = True
     cfg.load_from = resume
+
+
+def _fill_as_trained(cfg: Config, resume: str) -> None:
+    """Sets ``frozen_from`` as the run that wrote a checkpoint did when it started."""
+    from mmprotune.checkpoint import UnreadableCheckpoint, frozen_origins
+    from mmprotune.config_nodes import node_of, prompted_nodes, training_patterns
+    try:
+        origins = frozen_origins(resume)
+    except UnreadableCheckpoint:  # the Runner refuses it when it loads it
+        return
+    nodes = prompted_nodes(cfg.get('model'))
+    for path, (source, names) in origins.items():
+        node = node_of(path, nodes)
+        if node is not None and node.get('frozen_from') is None:
+            node['frozen_from'] = source
+            patterns = training_patterns(node, names)
+            if patterns:
+                node['trainable'] = patterns
+            notify(f'--resume: the run was started with load_from={source!r}: '
+                   f'model.{path}.frozen_from is set to it')
 
 
 def use_amp(cfg: Config) -> None:
@@ -241,10 +267,10 @@ def without_pretrained(cfg: Config) -> Config:
         for key in ('pretrained', 'checkpoint_path', 'frozen_from'):
             node.pop(key, None)
         init_cfg = node.get('init_cfg')
-        if names_file(init_cfg):
+        if isinstance(init_cfg, (list, tuple)):
+            node['init_cfg'] = [one for one in init_cfg if file_of(one) is None]
+        elif file_of(init_cfg) is not None:
             del node['init_cfg']
-        elif isinstance(init_cfg, (list, tuple)):
-            node['init_cfg'] = [one for one in init_cfg if not names_file(one)]
     return cfg
 
 

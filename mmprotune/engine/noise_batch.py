@@ -25,7 +25,8 @@ def noise_item(cfg: Config, size: int, rng: np.random.Generator) -> dict:
 
     Args:
         cfg (Config): The config; its ``default_scope``, or the class of its model, says which
-            library's item it is, its ``data_preprocessor`` whether that is an image, two frames or one for each branch.
+            library's item it is, its ``data_preprocessor`` whether that is an image, two frames or
+            one for each branch.
         size (int): Side of the image, in pixels.
         rng (numpy.random.Generator): Draws the image and the labels.
 

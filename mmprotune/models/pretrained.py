@@ -10,13 +10,12 @@ from mmengine.logging import MMLogger
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import nn
 
+from mmprotune.config_nodes import FILE_KEYS, dicts_in, file_inside, file_of
 from mmprotune.frozen import FillRecorder
 from mmprotune.registry import MODELS
 
 # A pre-trained file that fills less of the backbone than this is the wrong file.
 MINIMUM_FILLED = 0.9
-# Where backbones name their files, besides `init_cfg`.
-_FILE_KEYS = ('pretrained', 'checkpoint_path')
 
 
 class PretrainedFileError(ValueError):
@@ -62,16 +61,17 @@ def build_backbone(cfg: ConfigDict,
         PretrainedFileError: The files fill less than 90% of the backbone.
         ValueError: ``init_cfg`` is of another type.
     """
-    if init_cfg is not None and not _names_file(init_cfg):
+    if init_cfg is not None and file_of(init_cfg) is None:
         raise ValueError(f"init_cfg must be of type 'Pretrained' or None, got {init_cfg!r}")
-    has_file = _names_file(cfg.get('init_cfg')) or any(cfg.get(key) for key in _FILE_KEYS)
+    # Wrappers of backbones have it further inside.
+    has_file = file_inside(cfg) is not None
     if not has_file and pretrained is not None:
         init_cfg = dict(type='Pretrained', checkpoint=pretrained)
     if not has_file and init_cfg is not None:
         cfg.pop('pretrained', None)
         cfg['init_cfg'] = ConfigDict(init_cfg) if isinstance(init_cfg, dict) else init_cfg
         has_file = True
-    source = frozen_from or (_file_of(cfg) if has_file else None)
+    source = frozen_from or (file_inside(cfg) if has_file else None)
     try:
         with FillRecorder() as recorder, _quiet():
             module = _build(cfg)
@@ -80,15 +80,23 @@ def build_backbone(cfg: ConfigDict,
     except OSError as error:  # no such file, or no way to its address
         if source is None:
             raise
-        for key in ('init_cfg', *_FILE_KEYS):
-            cfg.pop(key, None)
+        for node in dicts_in(cfg):
+            for key in FILE_KEYS:
+                node.pop(key, None)
+            if file_of(node.get('init_cfg')) is not None:
+                del node['init_cfg']
         with _quiet():
             module = _build(cfg)
         return Built(module, None, _fixed(module), source, f'{type(error).__name__}: {error}')
     if source is None:
         return Built(module, None, _fixed(module), None)
     filled = recorder.filled(module)
-    _check_filled(module, filled, recorder.file_shapes)
+    # Whatever has no file beside a part that has one trains.
+    part = '' if frozen_from is not None else _part_with_file(module)
+    start = f'{part}.' if part else ''
+    _check_filled(module.get_submodule(part),
+                  {name[len(start):] for name in filled if name.startswith(start)},
+                  recorder.file_shapes)
     return Built(module, filled, _fixed(module), source)
 
 
@@ -113,6 +121,12 @@ def _build(cfg: ConfigDict) -> nn.Module:
 def _fixed(module: nn.Module) -> set[str]:
     return {name for name, p in module.named_parameters(remove_duplicate=False)
             if not p.requires_grad}
+
+
+def _part_with_file(module: nn.Module) -> str:
+    """Path of the outermost module that names a file; '' where none says so."""
+    return next((path for path, part in module.named_modules()
+                 if file_of(getattr(part, 'init_cfg', None)) is not None), '')
 
 
 def _fill_from(module: nn.Module, path: str) -> None:
@@ -152,26 +166,6 @@ def _check_filled(module: nn.Module, filled: set[str], file: dict[str, tuple]) -
         f'{type(module).__name__}, expected at least {MINIMUM_FILLED:.0%}{hint}. '
         f"backbone.init_cfg: {getattr(module, 'init_cfg', None)}. Keys of the file begin "
         f'with {list(file)[:3]}, those of the backbone with {list(wanted)[:3]}')
-
-
-def _names_file(init_cfg) -> bool:
-    """Whether an ``init_cfg`` (a dict or a list of them) names a pre-trained file."""
-    return _checkpoint_of(init_cfg) is not None
-
-
-def _checkpoint_of(init_cfg) -> str | None:
-    if isinstance(init_cfg, dict):
-        kind = init_cfg.get('type')
-        if kind == 'Pretrained' or getattr(kind, '__name__', '') == 'PretrainedInit':
-            return str(init_cfg.get('checkpoint'))
-        return None
-    found = map(_checkpoint_of, init_cfg if isinstance(init_cfg, (list, tuple)) else ())
-    return next((path for path in found if path is not None), None)
-
-
-def _file_of(cfg: dict) -> str:
-    return _checkpoint_of(cfg.get('init_cfg')) or next(
-        str(cfg[key]) for key in _FILE_KEYS if cfg.get(key))
 
 
 @contextlib.contextmanager

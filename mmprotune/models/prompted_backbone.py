@@ -170,6 +170,7 @@ class PromptedBackbone(BaseModule):
         self.backbone = built.module
         self.frozen_source = built.source
         self._missing = built.missing
+        self.root_has_mode = False
         self._freeze_backbone(built)
         self.stages: list[Stage] = []
         self.prompts = nn.ModuleDict()
@@ -179,6 +180,7 @@ class PromptedBackbone(BaseModule):
             2 * 4 * (PROJECTIONS + 1), dtype=torch.uint8))
         self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
         self.frozen_function.copy_(self.function_of())
+        self.root_has_mode = self._returns_more_in_training()
         self.lean_report = LeanReport()
         if options is not None:
             self._make_lean(options, backbone_dtype)
@@ -371,10 +373,33 @@ class PromptedBackbone(BaseModule):
     # --- modes, weights, state ----------------------------------------------------------------
 
     def train(self, mode: bool = True) -> PromptedBackbone:
-        """Sets the mode; whatever is frozen stays in eval mode."""
+        """Sets the mode; whatever is frozen stays in eval mode.
+
+        A backbone that returns more in training, for auxiliary heads, is told the mode; its layers
+        are not.
+        """
         super().train(mode)
         keep_frozen_in_eval(self.backbone)
+        if self.root_has_mode:
+            self.backbone.training = mode
         return self
+
+    def _returns_more_in_training(self) -> bool:
+        """Whether the backbone itself, not a layer of it, returns other outputs in training."""
+        forward = getattr(type(self.backbone).forward, '__code__', None)
+        if 'training' not in getattr(forward, 'co_names', ()):
+            return False
+        counts = {}
+        for mode in (False, True):
+            with undisturbed(self), torch.no_grad():
+                self.backbone.training = mode
+                for shape in image_shapes(self.backbone):
+                    with contextlib.suppress(Exception), \
+                            calls.opened(self, calls.Call(shape[1:], plain=True)):
+                        images = noise(self.backbone, shape, 2)
+                        counts[mode] = len(list(tensors_in(self.backbone(images))))
+                        break
+        return len(set(counts.values())) == 2
 
     def init_weights(self) -> None:
         """Draws the prompts' weights anew. The backbone has had its weights since construction.

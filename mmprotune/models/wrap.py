@@ -7,7 +7,7 @@ import logging
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from mmprotune.config_nodes import find_backbones, names_file, type_name
+from mmprotune.config_nodes import file_of, find_backbones, type_name
 from mmprotune.engine.prompt_rates import set_prompt_rates
 
 HOOKS = ('mmprotune.PromptCheckpointHook', 'mmprotune.FreezeGuardHook', 'mmprotune.PromptStatsHook')
@@ -93,6 +93,6 @@ def _whole_model_file(cfg: Config, around: list[dict]) -> str | None:
     if cfg.get('load_from') and not cfg.get('resume'):
         return cfg.load_from
     for node in around:
-        if names_file(node.get('init_cfg')):
-            return node['init_cfg']['checkpoint']
+        if file_of(node.get('init_cfg')) is not None:
+            return file_of(node['init_cfg'])
     return None

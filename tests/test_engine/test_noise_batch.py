@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from mmdet.models import FasterRCNN, SoftTeacher
 from mmengine.config import Config
 
 from mmprotune.engine.noise_batch import noise_batch, noise_item

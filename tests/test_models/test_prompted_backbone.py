@@ -13,6 +13,7 @@ from torch import nn
 
 from mmprotune import FrozenSnapshot, FrozenTensorsChanged, PromptedBackbone, audit
 from mmprotune.checkpoint import full_state_dict
+from mmprotune.frozen.dry_run import tensors_in
 from mmprotune.models.prompted_backbone import PretrainedFileError
 from tests.classification import classification_scope, classifier_cfg
 from tests.conftest import RESNET18, build, wake
@@ -438,3 +439,48 @@ def test_what_the_file_left_is_logged(prompted_cfg, caplog, monkeypatch):
     assert len(model.prompts) == 2
     assert [level for level, _ in lines] == [logging.WARNING] * 2
     assert 'layer3 (32 channels) gets no prompt' in lines[0][1]
+
+
+@pytest.mark.parametrize('cfg, more', [
+    (dict(type='mmseg.PIDNet', channels=8, ppm_channels=8, num_stem_blocks=1,
+          num_branch_blocks=1), True),
+    (dict(type='mmpretrain.InceptionV3', num_classes=10, aux_logits=True), True),
+    # Its own backward inverts its layers, and knows no prompts in them.
+    (dict(type='mmpretrain.RevVisionTransformer', img_size=64, arch=dict(
+        embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)), False),
+], ids=lambda value: value['type'] if isinstance(value, dict) else '')
+def test_a_backbone_that_returns_more_in_training_is_told_the_mode(cfg, more):
+    """What its auxiliary heads ask for; its layers stay in eval mode."""
+    model = build(dict(type='mmprotune.PromptedBackbone', backbone=cfg, freeze='all')).train()
+    assert model.backbone.training is more
+    assert not any(m.training for m in list(model.backbone.modules())[1:])
+    audit(model, training=True)
+    size = 299 if 'Inception' in cfg['type'] else 64
+    x = torch.randn(2, 3, size, size)
+    counts = [len(list(tensors_in(model.train(mode)(x)))) for mode in (True, False)]
+    assert (counts[0] > counts[1]) is more
+    assert not model.backbone.training
+
+
+def test_a_file_of_a_part_of_the_backbone(resnet18_file):
+    """The part is frozen, what stands beside it trains."""
+    inner = dict(RESNET18, out_indices=(0, 1, 2, 3), init_cfg=dict(
+        type='Pretrained', checkpoint=resnet18_file))
+    model = build(dict(type='mmprotune.PromptedBackbone', prompt=None, backbone=dict(
+        type='mmseg.BiSeNetV1', backbone_cfg=inner, spatial_channels=(8, 8, 8, 16),
+        context_channels=(16, 32, 64), out_channels=16)))
+    trains = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
+    assert model.frozen_source == resnet18_file
+    assert trains and not any(n.startswith('context_path.backbone.') for n in trains)
+    assert 'context_path.backbone.conv1.weight' in model.frozen_names
+
+
+def test_an_init_cfg_without_a_type(tmp_path):
+    """As mmdet's PVT takes it."""
+    cfg = dict(type='mmdet.PyramidVisionTransformerV2', embed_dims=8, num_layers=[1, 1, 1, 1])
+    torch.manual_seed(1)
+    torch.save(DET_MODELS.build(dict(cfg)).state_dict(), tmp_path / 'pvt.pth')
+    model = build(dict(type='mmprotune.PromptedBackbone', backbone=dict(
+        cfg, init_cfg=dict(checkpoint=str(tmp_path / 'pvt.pth')))))
+    assert model.frozen_source == str(tmp_path / 'pvt.pth')
+    assert not any(p.requires_grad for p in model.backbone.parameters())

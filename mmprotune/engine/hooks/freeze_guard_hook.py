@@ -27,7 +27,8 @@ class FreezeGuardHook(Hook):
     """Holds training to the promise that what is frozen does not move.
 
     Holds the frozen tensors against the fingerprint of their backbone before training, takes a
-    digest of each, and compares after the first iterations and at the end. A tensor that moved stops training with its name.
+    digest of each, and compares after the first iterations and at the end. A tensor that moved
+    stops training with its name.
 
     Averages of the model (those of ``EMAHook``, the teacher of ``MeanTeacherHook``) are kept from
     averaging what is frozen, which would move it by rounding, and are looked at in the end too.
