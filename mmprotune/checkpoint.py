@@ -119,15 +119,18 @@ def _identity(names) -> list[str]:
 
 
 def _check_together(where: str, sha: Tensor, own: Mapping[str, Tensor],
-                    frozen: Mapping[str, Tensor]) -> None:
+                    frozen: Mapping[str, Tensor]) -> bool:
     """Raises when the frozen tensors that came do not have the fingerprint that came with them.
 
     They are looked at as they came, in their own precision.
+
+    Returns:
+        bool: Whether the file's model froze the same ones.
     """
     names = _identity(frozen)
     found = fingerprint({name: own.get(f'backbone.{name}', frozen[name]) for name in names})
     if torch.equal(sha.cpu(), found):
-        return
+        return True
     # Where the file's model froze everything and this one does not, the file is whole too.
     inner = {key.partition('.')[2]: t for key, t in own.items() if key.startswith('backbone.')}
     if not torch.equal(sha.cpu(), fingerprint({name: inner[name] for name in _identity(inner)})):
@@ -135,6 +138,7 @@ def _check_together(where: str, sha: Tensor, own: Mapping[str, Tensor],
             f'{where}: the frozen tensors in the checkpoint do not match the fingerprint in it: '
             f'expected {_hex(sha)[:16]}…, got {_hex(found)[:16]}…; the file is damaged or was put '
             'together from two, or `freeze` and `trainable` were others')
+    return False
 
 
 def _prepare(where: str, backbone: nn.Module, own: dict[str, Tensor]) -> None:
@@ -274,12 +278,14 @@ def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
         checked = known and FINGERPRINT in own
         coming = {n: own.get(f'backbone.{n}', present[n]) for n in _identity(present)}
         # Before anything is loaded; _FullLoad looks once more at what has arrived.
-        if checked:
-            _check_together(where, own[FINGERPRINT], came, present)
-        if known and function is not None:
+        same = checked and _check_together(where, own[FINGERPRINT], came, present)
+        # What was resized, or trained there and not here, computes something else.
+        has_function = same and function is not None and all(
+            own.get(key) is tensor for key, tensor in came.items())
+        if has_function:
             _check_function(where, module, function, module.function_of(coming))
-        full_load = _FullLoad(coming, has_function=known and function is not None,
-                              checked=checked, cast=_was_cast(module, present, coming))
+        full_load = _FullLoad(coming, has_function=has_function, checked=checked,
+                              cast=_was_cast(module, present, coming))
     module.__dict__['_incoming'] = prefix, full_load
 
 
