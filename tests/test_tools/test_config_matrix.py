@@ -132,6 +132,14 @@ def test_prompts_outside_the_optimizer_fail():
     assert matrix.wrong_rates(torch.optim.SGD(prompts.values(), lr=0.1), prompts) == []
 
 
+def test_biases_may_have_the_rate_that_a_config_gives_all_of_them():
+    bias, weight = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([dict(params=[bias], lr=0.2), dict(params=[weight])], lr=0.1)
+    assert matrix.wrong_rates(optimizer, {'reduce.bias': bias, 'reduce.weight': weight}, 2.) == []
+    fault, = matrix.wrong_rates(optimizer, {'reduce.weight': bias, 'reduce.bias': weight}, 2.)
+    assert fault.endswith('reduce.weight trains at 0.2')
+
+
 def test_prompts_without_gradients_fail(monkeypatch):
     monkeypatch.setattr(matrix.PromptedBackbone, 'apply_prompt', lambda self, stage, x, *args: x)
     result = check(SMALL)

@@ -429,7 +429,8 @@ def check_prompted(run: Run, folder: Path, stock: dict) -> dict:
     if not prompts:
         raise AssertionError('no prompt trains')
     if not named:
-        faults += wrong_rates(wrapper.optimizer, prompts)
+        paramwise = cfg.optim_wrapper.get('paramwise_cfg') or {}
+        faults += wrong_rates(wrapper.optimizer, prompts, paramwise.get('bias_lr_mult') or 1.)
     # Prompts start at zero, and so do some heads, which lets no gradient through.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -460,19 +461,22 @@ def _prompt_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             for name, parameter in part.prompts.named_parameters() if parameter.requires_grad}
 
 
-def wrong_rates(optimizer: torch.optim.Optimizer, prompts: dict[str, nn.Parameter]) -> list[str]:
+def wrong_rates(optimizer: torch.optim.Optimizer, prompts: dict[str, nn.Parameter],
+                bias_lr_mult: float = 1.) -> list[str]:
     """Says which prompts do not train at the optimizer's base rate.
 
     Args:
         optimizer (torch.optim.Optimizer): The optimizer.
         prompts (dict[str, nn.Parameter]): The prompts' parameters by name.
+        bias_lr_mult (float): What a config gives all biases, the head's too. Defaults to 1.
 
     Returns:
         list[str]: At most one sentence.
     """
     base = optimizer.defaults['lr']
     rates = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
-    wrong = {n: rates.get(id(p)) for n, p in prompts.items() if rates.get(id(p)) != base}
+    allowed = {n: {base, base * bias_lr_mult} if n.endswith('bias') else {base} for n in prompts}
+    wrong = {n: rates.get(id(p)) for n, p in prompts.items() if rates.get(id(p)) not in allowed[n]}
     if not wrong:
         return []
     name, rate = next(iter(wrong.items()))
