@@ -218,7 +218,7 @@ class PromptedBackbone(BaseModule):
                              f'of {type(self.backbone).__name__} depends on it ({remarks[-1]}); '
                              'let the backbone return feature maps (backbone.out_type, say), or '
                              "use last_stage='residual'")
-        if self.last_stage == 'none':
+        if self.last_stage == 'none' and not remarks.is_last_unread:
             found = [stage for stage in found if stage.path != last]
         modules = dict(self.backbone.named_modules())
         for stage in found:
