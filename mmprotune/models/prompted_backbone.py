@@ -18,24 +18,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmprotune.checkpoint import check_incoming
-from mmprotune.frozen import (
+from mmprotune.freezing import (
     apply_to_the_rest,
     fingerprint,
     freeze,
     frozen_tensors,
     keep_frozen_in_eval,
 )
-from mmprotune.frozen.dry_run import image_shapes, noise, tensors_in, undisturbed
-from mmprotune.frozen.fingerprint import identity
-from mmprotune.frozen.kernels import run_channels_last
-from mmprotune.frozen.lean import (
+from mmprotune.freezing.fingerprint import identity
+from mmprotune.lean.convert import (
     STORAGE_DTYPES,
     LeanOptions,
     LeanReport,
     make_lean,
     store_weights,
 )
-from mmprotune.frozen.origin import is_recorded, run_folded
+from mmprotune.lean.dry_run import image_shapes, noise, tensors_in, undisturbed
+from mmprotune.lean.graph import is_recorded, run_folded
+from mmprotune.lean.onednn import run_channels_last
 from mmprotune.registry import MODELS
 
 from . import calls
@@ -96,7 +96,7 @@ class PromptedBackbone(BaseModule):
             leaves the last stage without one. Defaults to 'residual'.
         lean (bool | dict): Whether the backward pass through the frozen layers keeps only what
             input gradients need; a dict sets the options of
-            :class:`~mmprotune.frozen.lean.LeanOptions`. Gradients are the same to rounding.
+            :class:`~mmprotune.lean.convert.LeanOptions`. Gradients are the same to rounding.
             Defaults to True.
         backbone_dtype (str, optional): 'bfloat16' or 'float16' stores the frozen weights of
             convolutions and linear layers in that precision; they compute in that of their input,

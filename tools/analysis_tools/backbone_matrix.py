@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mmprotune.frozen.kept import KeptBytes
+from mmprotune.lean.memory import KeptBytes
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 # Classes that live beside the backbones without being one.
@@ -285,7 +285,7 @@ def _check_prompted(name: str, library: str, kwargs: dict, sizes: list, result: 
 
 def _check_lean(model: nn.Module, image: Tensor, result: dict) -> None:
     """Compares the lean backbone with the ordinary one; the model is an ordinary one afterwards."""
-    from mmprotune.frozen.lean import restore, unfold
+    from mmprotune.lean.convert import restore, unfold
 
     def step() -> tuple[list[Tensor], list[Tensor], int]:
         torch.manual_seed(0)

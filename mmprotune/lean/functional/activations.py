@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .origin import Kept, Producer, builds_graph, without_autocast
+from ..graph import Kept, Producer, builds_graph, without_autocast
 
 aten = torch.ops.aten
 
@@ -278,7 +278,7 @@ def activation(x: Tensor, act: Smooth) -> Tensor:
     """GELU, SiLU, Hardswish, Mish or Swish.
 
     Keeps its input. Where the frozen layers before it have an owner (see
-    :func:`~mmprotune.frozen.functional.convolution`): their input instead, of which the backward
+    :func:`~mmprotune.lean.functional.convolution`): their input instead, of which the backward
     pass computes them again; nothing where that is the output of a frozen LayerNorm.
 
     Args:

@@ -17,31 +17,31 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..graph import (
+    FrozenLayerError,
+    Kept,
+    Origin,
+    Precision,
+    Producer,
+    builds_graph,
+    cast,
+    check_frozen,
+    is_recorded,
+    unviewed,
+    without_autocast,
+)
+from ..onednn import pointwise, product, suits_pointwise, suits_product
 from .activations import (
-                     activation,
-                     clamp,
-                     hardsigmoid,
-                     hardtanh,
-                     leaky_relu,
-                     relu,
-                     sigmoid,
-                     tanh,
+    activation,
+    clamp,
+    hardsigmoid,
+    hardtanh,
+    leaky_relu,
+    relu,
+    sigmoid,
+    tanh,
 )
 from .attention import attention, packed_attention
-from .kernels import pointwise, product, suits_pointwise, suits_product
-from .origin import (
-                     FrozenLayerError,
-                     Kept,
-                     Origin,
-                     Precision,
-                     Producer,
-                     builds_graph,
-                     cast,
-                     check_frozen,
-                     is_recorded,
-                     unviewed,
-                     without_autocast,
-)
 from .pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 
 __all__ = [

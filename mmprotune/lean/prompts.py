@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .origin import FrozenLayerError, Precision, without_autocast
+from .graph import FrozenLayerError, Precision, without_autocast
 
 aten = torch.ops.aten
 

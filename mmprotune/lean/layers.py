@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from . import activations
 from . import functional as lean
-from .kernels import pointwise, suits_pointwise
-from .origin import MULTIHEAD_DIVIDES, FrozenLayerError, builds_graph, is_recorded, is_running
+from .functional import activations
+from .graph import MULTIHEAD_DIVIDES, FrozenLayerError, builds_graph, is_recorded, is_running
+from .onednn import pointwise, suits_pointwise
 from .prompts import PromptAddition
 
 
@@ -493,7 +493,7 @@ class _PromptBlock(Twin):
 
     def forward(self, x: Tensor, *addition) -> Tensor:
         """The prompt of a feature map. With ``addition``, the last three arguments of
-        :class:`~mmprotune.frozen.prompts.PromptAddition`: the feature with its prompt."""
+        :class:`~mmprotune.lean.prompts.PromptAddition`: the feature with its prompt."""
         if addition:
             tail = {n: p for n, p in self.named_parameters(remove_duplicate=False)
                     if not n.startswith('reduce.')}

@@ -11,13 +11,13 @@ from mmengine.runner.activation_checkpointing import turn_on_activation_checkpoi
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmprotune.frozen import functional
-from mmprotune.frozen.dry_run import tensors_in
-from mmprotune.frozen.kept import KeptBytes
-from mmprotune.frozen.lean import make_lean, restore, unfold
-from mmprotune.frozen.origin import is_running, run_folded
+from mmprotune.lean import functional
+from mmprotune.lean.convert import make_lean, restore, unfold
+from mmprotune.lean.dry_run import tensors_in
+from mmprotune.lean.graph import is_running, run_folded
+from mmprotune.lean.memory import KeptBytes
 from tests.conftest import RESNET18, build
-from tests.test_frozen.test_lean import (
+from tests.test_lean.test_convert import (
     SMALL,
     distance,
     images,

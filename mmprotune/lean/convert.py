@@ -1,7 +1,7 @@
 """Makes a frozen network lean: the same results and gradients, a backward pass that keeps less.
 
 Layers whose parameters are frozen are replaced, in place, by twins that keep only what the
-gradient of their input needs (:mod:`~mmprotune.frozen.functional` says what that is). Parameters,
+gradient of their input needs (:mod:`~mmprotune.lean.functional` says what that is). Parameters,
 buffers and the keys of the state dict stay as they are.
 """
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import nn
 
-from . import twins
-from .planning import (
-                     DryRun,
-                     find_pairs,
-                     fold,
-                     kept_bytes,
-                     plan,
-                     set_channels_last,
-                     share_in_maps,
-)
+from . import layers as twins
 from .prompts import watch_additions
+from .recompute import (
+    DryRun,
+    find_pairs,
+    fold,
+    kept_bytes,
+    plan,
+    set_channels_last,
+    share_in_maps,
+)
 
 # What frozen weights can be stored in.
 STORAGE_DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)

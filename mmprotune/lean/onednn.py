@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .origin import is_autocast, is_recorded, run_folded
+from .graph import is_autocast, is_recorded, run_folded
 
 # Fewer multiplications than this take less time than it takes to call oneDNN.
 LEAST_PRODUCT = 2**20

@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmprotune.frozen import activations
-from mmprotune.frozen import functional as lean
-from mmprotune.frozen.kept import KeptBytes
-from mmprotune.frozen.kernels import pointwise, product, suits_pointwise, suits_product
-from mmprotune.frozen.origin import Origin
+from mmprotune.lean import functional as lean
+from mmprotune.lean.functional import activations
+from mmprotune.lean.graph import Origin
+from mmprotune.lean.memory import KeptBytes
+from mmprotune.lean.onednn import pointwise, product, suits_pointwise, suits_product
 
 
 def draw(*shape, dtype=torch.float64, seed=0):
@@ -326,7 +326,7 @@ def reference_attention(qkv, heads, scale, biases):
 @pytest.mark.parametrize('bias', ['none', 'heads', 'windows'])
 def test_attention(bias, chunk, monkeypatch):
     """All at once, and one matrix at a time."""
-    from mmprotune.frozen import attention
+    from mmprotune.lean.functional import attention
     monkeypatch.setitem(attention.CHUNK_BYTES, 'cpu', chunk)
     heads, biases = 2, []
     if bias != 'none':

@@ -8,8 +8,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
-from .kernels import separate_max_pool2d, suits_separate_pool
-from .origin import builds_graph
+from ..graph import builds_graph
+from ..onednn import separate_max_pool2d, suits_separate_pool
 
 aten = torch.ops.aten
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmprotune.frozen import activations, twins
-from mmprotune.frozen import functional as lean
+from mmprotune.lean import functional as lean
+from mmprotune.lean import layers as twins
+from mmprotune.lean.functional import activations
 from mmprotune.models.prompt_block import PromptBlock
 
 

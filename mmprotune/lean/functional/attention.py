@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ..graph import Kept, Precision, Producer, builds_graph, check_frozen, without_autocast
 from .activations import observe
-from .origin import Kept, Precision, Producer, builds_graph, check_frozen, without_autocast
 
 aten = torch.ops.aten
 
@@ -140,7 +140,7 @@ def packed_attention(qkv: Tensor, heads: int, scale: float,
     r"""Self-attention :math:`\mathrm{softmax}(s\,q k^T + \sum_i b_i)\,v`.
 
     Keeps ``qkv`` and the biases. Where the frozen layer that made ``qkv`` has an owner (see
-    :func:`~mmprotune.frozen.functional.convolution`): its input instead of ``qkv``; nothing where
+    :func:`~mmprotune.lean.functional.convolution`): its input instead of ``qkv``; nothing where
     that is the output of a frozen LayerNorm.
 
     Args:

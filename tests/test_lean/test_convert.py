@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmprotune.frozen import functional
-from mmprotune.frozen.dry_run import tensors_in
-from mmprotune.frozen.kept import KeptBytes
-from mmprotune.frozen.kernels import run_channels_last
-from mmprotune.frozen.lean import make_lean, restore, unfold
-from mmprotune.frozen.origin import FrozenLayerError, run_folded
-from mmprotune.frozen.twins import Twin
+from mmprotune.lean import functional
+from mmprotune.lean.convert import make_lean, restore, unfold
+from mmprotune.lean.dry_run import tensors_in
+from mmprotune.lean.graph import FrozenLayerError, run_folded
+from mmprotune.lean.layers import Twin
+from mmprotune.lean.memory import KeptBytes
+from mmprotune.lean.onednn import run_channels_last
 from tests.conftest import RESNET18, autocast, build, wake
 
 MiB = 2**20

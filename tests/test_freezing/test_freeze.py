@@ -3,7 +3,13 @@ import torch
 from torch import nn
 
 from mmprotune import FrozenSnapshot, FrozenTensorsChanged, audit
-from mmprotune.frozen import FillRecorder, digest_tensors, fingerprint, freeze, keep_frozen_in_eval
+from mmprotune.freezing import (
+    FillRecorder,
+    digest_tensors,
+    fingerprint,
+    freeze,
+    keep_frozen_in_eval,
+)
 from tests.conftest import build
 
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import activations, twins
+from . import layers as twins
 from .dry_run import image_shapes, noise, nothing_saved, tensors_in, undisturbed
-from .kept import KeptBytes
-from .origin import Producer, run_folded
+from .functional import activations
+from .graph import Producer, run_folded
+from .memory import KeptBytes
 
 # Work is compared at a usual size: on small images, padding distorts it.
 USUAL_SIZE = (224, 224)
@@ -243,7 +244,7 @@ def plan(module: nn.Module, budget: float, dry_run: DryRun) -> list[str]:
 
     Args:
         module (nn.Module): The lean network.
-        budget (float): See ``recompute`` of :class:`~mmprotune.frozen.lean.LeanOptions`.
+        budget (float): See ``recompute`` of :class:`~mmprotune.lean.convert.LeanOptions`.
         dry_run (DryRun): Runs it.
 
     Returns:

@@ -1,0 +1,1 @@
+from .convolution import *  # noqa: F403
