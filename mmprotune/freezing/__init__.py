@@ -1,14 +1,7 @@
+from .audit import FrozenSnapshot, FrozenTensorsChanged, audit
+from .filled import FillRecorder
 from .fingerprint import digest_tensors, fingerprint
-from .freeze import (
-                     FillRecorder,
-                     FrozenSnapshot,
-                     FrozenTensorsChanged,
-                     apply_to_the_rest,
-                     audit,
-                     freeze,
-                     frozen_tensors,
-                     keep_frozen_in_eval,
-)
+from .freeze import apply_to_the_rest, freeze, frozen_tensors, keep_frozen_in_eval
 
 __all__ = [
     'FillRecorder', 'FrozenSnapshot', 'FrozenTensorsChanged', 'apply_to_the_rest', 'audit',
