@@ -1,23 +1,44 @@
 """What lean functions share: when to build a graph, in which precision, where tensors come from."""
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
 
 import torch
-from mmengine.utils import digit_version
 from torch import Tensor
 
-# What torch 2.1 and 2.2 have otherwise.
-_BEFORE_2_3 = digit_version(torch.__version__) < digit_version('2.3')
-_is_compiling = torch._utils.is_compiling if _BEFORE_2_3 else torch.compiler.is_compiling
-# Whether nn.MultiheadAttention divides its queries instead of multiplying them.
-MULTIHEAD_DIVIDES = _BEFORE_2_3
+from .precision import Precision
+
+# Torch 2.1 and 2.2 have some things otherwise.
+TORCH_BEFORE_2_3 = torch.__version__ < (2, 3)
+_is_compiling = torch._utils.is_compiling if TORCH_BEFORE_2_3 else torch.compiler.is_compiling
 
 
 class FrozenLayerError(RuntimeError):
     """A lean layer is used in a way in which its gradients would be wrong."""
+
+
+class LeanState:
+    """What a lean layer knows besides its parameters. Lies in the layer's ``__dict__``, out of the
+    state dict.
+
+    Attributes:
+        name (str): The layer's dotted name.
+        recomputes (bool): Whether an activation behind it may have the backward pass apply it once
+            more.
+        rounds (bool): Whether its output may differ from the stock layer's by rounding.
+        pair (Pair, optional): The convolution and the norm that are computed as one.
+        sdpa (bool): Whether attention uses ``F.scaled_dot_product_attention``.
+        drops_weights (bool): Whether who calls it drops the attention's probabilities.
+        observer (Callable, optional): Told during a dry run of a :class:`Producer` and of the
+            bytes that it could save.
+    """
+    __slots__ = ('name', 'recomputes', 'rounds', 'pair', 'sdpa', 'drops_weights', 'observer')
+
+    def __init__(self, name: str = '') -> None:
+        self.name = name
+        self.recomputes = self.rounds = self.sdpa = self.drops_weights = False
+        self.pair = self.observer = None
 
 
 def is_recorded() -> bool:
@@ -98,65 +119,6 @@ def unviewed(y: Tensor) -> Tensor:
         y (Tensor): A tensor whose base, if it is a view, nobody else holds.
     """
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
-
-
-def cast(weight: Tensor | None, x: Tensor) -> Tensor | None:
-    """A weight that is stored in a lower precision than ``x``, in the dtype of ``x``.
-
-    Under autocast, and in every other case, the weight itself.
-
-    Args:
-        weight (Tensor, optional): A frozen parameter.
-        x (Tensor): What it is applied to.
-    """
-    if (weight is None or weight.element_size() >= x.element_size()
-            or _autocast_state(x.device.type)[0]):
-        return weight
-    return weight.to(x.dtype)
-
-
-# --- precision --------------------------------------------------------------------------------
-
-
-class Precision:
-    """The autocast state of a forward pass, to compute something again in the same dtypes.
-
-    Args:
-        device (torch.device): Device of the computation.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device_type = device.type
-        self.enabled, self.dtype = _autocast_state(device.type)
-
-    def __call__(self) -> contextlib.AbstractContextManager:
-        return _autocast(self.device_type, self.enabled, self.dtype)
-
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """Switches autocast off on the device of ``x``: gradients keep the dtypes they come in."""
-    return _autocast(x.device.type, False, None)
-
-
-def is_autocast(device_type: str) -> bool:
-    """Whether autocast is on for a type of device."""
-    return _autocast_state(device_type)[0]
-
-
-def _autocast(device_type: str, enabled: bool, dtype: torch.dtype | None):
-    if not enabled and not _autocast_state(device_type)[0]:
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
-
-
-def _autocast_state(device_type: str) -> tuple[bool, torch.dtype | None]:
-    try:
-        enabled = torch.is_autocast_enabled(device_type)
-        return enabled, torch.get_autocast_dtype(device_type) if enabled else None
-    except (TypeError, AttributeError):  # torch < 2.4: one function a device
-        if device_type == 'cpu':
-            return torch.is_autocast_cpu_enabled(), torch.get_autocast_cpu_dtype()
-        return torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()
 
 
 # --- where a tensor comes from ----------------------------------------------------------------
@@ -256,11 +218,11 @@ class Producer:
         compute (Callable): The layer.
         input_gradient (Callable): Takes the gradient of its output, returns that of its input.
         flops (int): Multiplications of one application.
-        owner (object): The layer's name, to whoever plans what is computed again.
+        owner (LeanState): The layer's.
     """
 
     def __init__(self, x: Tensor, result: Tensor, compute: Callable[[Tensor], Tensor],
-                 input_gradient: Callable[[Tensor], Tensor], flops: int, owner: object) -> None:
+                 input_gradient: Callable[[Tensor], Tensor], flops: int, owner: LeanState) -> None:
         before = Producer.of(x)
         self.x, self.flops, self.owners = x, flops, (owner, )
         self._computes, self._gradients = (compute, ), (input_gradient, )
@@ -280,6 +242,12 @@ class Producer:
         if producer is None or producer._versions != (producer.x._version, result._version):
             return None
         return producer
+
+    def tell(self, kept: Kept, result: Tensor) -> None:
+        """Tells the owner's observer what keeping ``x`` instead of ``result`` saves."""
+        observer = self.owners[-1].observer
+        if observer is not None:
+            observer(self, result.nbytes - (0 if kept.is_free else self.x.nbytes))
 
     def replay(self) -> Replay:
         """Computes the result from ``x`` again. Does not hold ``x``."""

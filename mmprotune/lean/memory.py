@@ -4,10 +4,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
+
+from .dry_run import DryRun
 
 
 class _Saved:
@@ -18,6 +21,22 @@ class _Saved:
     def __init__(self, tensor: Tensor, path: str) -> None:
         # Detached: a node that holds its own output in a graph would never be freed.
         self.tensor, self.path = tensor.detach(), path
+
+
+class CountedAs(nn.Module):
+    """A function that runs in a module's place: what it saves counts as the module's.
+
+    Args:
+        module (nn.Module): The module.
+        function (Callable): Takes and returns a tensor.
+    """
+
+    def __init__(self, module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.__dict__.update(stands_for=module, function=function)  # no child, no parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 class KeptBytes:
@@ -57,6 +76,7 @@ class KeptBytes:
 
     def _enter_module(self, module, _) -> None:
         if threading.get_ident() == self._thread:  # these hooks are every thread's
+            module = getattr(module, 'stands_for', module)
             self._stack.append(self._paths.get(module, self._stack[-1]))
 
     def _leave_module(self, *_) -> None:
@@ -83,6 +103,22 @@ class KeptBytes:
     def total(self) -> int:
         """Bytes kept now."""
         return sum(self.by_module().values())
+
+
+def kept_bytes(module: nn.Module, dry_run: DryRun) -> dict[str, int]:
+    """Bytes that the backward pass keeps for a network, by dotted name of the module in it.
+
+    Args:
+        module (nn.Module): The network.
+        dry_run (DryRun): Runs it, with what trains around it.
+    """
+    with KeptBytes(dry_run.root) as kept:
+        outputs = dry_run()
+    prefix = next(path for path, m in dry_run.root.named_modules() if m is module)
+    counted = {f'.{path}': n for path, n in kept.by_module().items()}
+    del outputs
+    start = f'.{prefix}.' if prefix else '.'
+    return {path[len(start):]: n for path, n in counted.items() if f'{path}.'.startswith(start)}
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:

@@ -1,100 +1,213 @@
-"""Adds a prompt to a feature map so that the backward pass needs the sum, not the feature map.
+"""What prompt blocks save for the backward pass, which computes the rest again.
 
-The sum is what the next layers and the neck keep anyway; the map that the prompt was computed from
-is the sum less the prompt.
+A block takes part that has the two halves of its ``forward``, methods ``down``, from a feature map
+to a narrow hidden one, and ``up``, from that to the prompt: ``forward(x)`` is ``up(down(x))``. It
+trains as before. What hooks on it or in it see is computed once, so that a block with hooks is an
+ordinary one; so is a block with dropout or with norms that keep statistics.
 """
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
-from .graph import FrozenLayerError, Precision, without_autocast
+from .dry_run import DryRun
+from .graph import FrozenLayerError, is_recorded
+from .layers import stand_in
+from .memory import CountedAs
+from .precision import Precision, without_autocast
 
 aten = torch.ops.aten
 
 
-class _Watch(threading.local):
-    """What this thread's dry run notes: prompted features, each with its version."""
-    added: list[tuple[Tensor, int]] | None = None
+class PromptState:
+    """What a prompt block saves. Lies in the block's ``__dict__``, out of the state dict.
+
+    Attributes:
+        saves (str): See ``prompts`` of :class:`~mmprotune.lean.options.LeanOptions`.
+        first (str): The name of the 1x1 convolution that is all of ``down``; empty for any other.
+        observer (Callable, optional): Takes the feature map and the prompted feature of each call
+            of :func:`add_prompt` during a dry run.
+    """
+    __slots__ = ('saves', 'first', 'observer')
+
+    def __init__(self, saves: str) -> None:
+        self.saves, self.first, self.observer = saves, '', None
 
 
-_watch = _Watch()
+def set_saved(prompts: nn.Module, saves: str, dry_run: DryRun) -> bool:
+    """Sets what prompt blocks save.
 
-
-@contextlib.contextmanager
-def watch_additions() -> Iterator[list[tuple[Tensor, int]]]:
-    """While open, notes each prompted feature that this thread computes, in a graph or without one,
-    and its version then, in the list that it yields."""
-    before, _watch.added = _watch.added, []
-    try:
-        yield _watch.added
-    finally:
-        _watch.added = before
-
-
-class PromptAddition:
-    r"""Computes :math:`\hat x = x + P(x)` where :math:`P` starts with a 1x1 convolution.
-
-    Keeps :math:`\hat x` and the narrow output of that convolution. The backward pass computes
-    :math:`P(x)` again from the latter, and takes :math:`x = \hat x - P(x)`, which is exact up to
-    the rounding of the sum, for the gradient of the convolution's weight.
+    'output' becomes 'bottleneck' for blocks whose ``down`` is more than a 1x1 convolution, and for
+    all where the network changes prompted features in place.
 
     Args:
-        first (Callable): The 1x1 convolution, from (N, C, H, W) to (N, hidden, H, W).
-        weight, bias (Tensor): Its parameters.
-        rest (Callable): What follows it, to the prompt, (N, C, H, W). Takes the narrow tensor and,
-            to compute with them instead of its parameters, as many tensors.
-        parameters (Sequence[Tensor]): The parameters of ``rest``.
-        to_map (Callable): From the feature as its stage returns it to (N, C, H, W).
-        from_map (Callable): The way back. Both are linear and move elements only.
-        note (Callable, optional): Called with prompt and feature map of each forward pass.
-            Defaults to None.
+        prompts (nn.Module): Holds the blocks.
+        saves (str): See ``prompts`` of :class:`~mmprotune.lean.options.LeanOptions`.
+        dry_run (DryRun): Runs the network with its prompts.
+
+    Returns:
+        bool: False where the network changes prompted features in place.
+    """
+    blocks = [block for block in prompts.modules() if _has_halves(block)]
+    added: list[tuple[Tensor, int]] = []
+
+    def observe(block: nn.Module, feature: Tensor, y: Tensor) -> None:
+        added.append((y, y._version))
+        block.lean.first = _first_convolution(block, feature)
+
+    for block in blocks:
+        block.__dict__['lean'] = state = PromptState('bottleneck' if saves == 'output' else saves)
+        state.observer = partial(observe, block)
+    ran = saves == 'output' and dry_run.shape is not None and dry_run() is not None
+    untouched = all(y._version == version for y, version in added)
+    for block in blocks:
+        block.lean.observer = None
+        if ran and untouched and block.lean.first:
+            block.lean.saves = 'output'
+    return untouched
+
+
+def _has_halves(block: nn.Module) -> bool:
+    """Whether ``forward`` is known to be ``up`` after ``down``, and may run twice."""
+    owners = [next((i for i, cls in enumerate(type(block).__mro__) if name in vars(cls)), None)
+              for name in ('forward', 'down', 'up')]
+    # A subclass with a `forward` of its own computes something else than the halves it inherits.
+    if None in owners or owners[0] < max(owners[1:]) or 'forward' in block.__dict__:
+        return False
+    # Statistics of a norm must not be updated twice, random numbers not be drawn twice.
+    stateful = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    return not any(isinstance(m, stateful) for m in block.modules())
+
+
+def _first_convolution(block: nn.Module, feature: Tensor) -> str:
+    """The name of the 1x1 convolution that is all of ``down``; empty where it is something else."""
+    called = []
+    names = {m: name for name, m in block.named_modules() if m is not block}
+    handles = [m.register_forward_hook(lambda m, args, y: called.append((m, args, y, y._version)))
+               for m in names]
+    try:
+        with torch.no_grad():
+            hidden = block.down(feature)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(called) != 1:
+        return ''
+    conv, args, y, version = called[0]
+    plain = (type(conv) is nn.Conv2d and conv.kernel_size == conv.stride == (1, 1)
+             and conv.padding in ((0, 0), 'same', 'valid') and conv.groups == 1
+             and args[0] is feature and y is hidden and y._version == version)
+    return names[conv] if plain else ''
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether the block has to run as it is now."""
+    return not isinstance(block.__dict__.get('lean'), PromptState) or is_recorded() or any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in block.modules())
+
+
+def prompt_of(block: nn.Module, feature: Tensor) -> Tensor:
+    """The prompt of a feature map.
+
+    Args:
+        block (nn.Module): The prompt block.
+        feature (Tensor): Feature map of shape (N, C, H, W).
+
+    Returns:
+        Tensor: Prompt of shape (N, C, H, W).
+    """
+    if not torch.is_grad_enabled() or _is_plain(block):
+        return block(feature)
+    if block.lean.saves == 'input':
+        return CountedAs(block, partial(_again, block, lambda b, x: b.up(b.down(x))))(feature)
+    return CountedAs(block, lambda x: _again(block, lambda b, h: b.up(h), block.down(x)))(feature)
+
+
+def _again(block: nn.Module, method: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
+    """Applies a method whose backward pass applies it again, with the parameters of now."""
+    named = dict(block.named_parameters(remove_duplicate=False))
+
+    def compute(x: Tensor, *parameters: Tensor) -> Tensor:
+        return method(stand_in(block, dict(zip(named, parameters))), x)
+
+    return checkpoint(compute, x, *named.values(), use_reentrant=False, preserve_rng_state=False)
+
+
+def add_prompt(block: nn.Module,
+               x: Tensor,
+               to_map: Callable[[Tensor], Tensor],
+               from_map: Callable[[Tensor], Tensor],
+               note: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
+    """Adds the prompt of a feature to it.
+
+    Args:
+        block (nn.Module): The prompt block.
+        x (Tensor): The feature, as its stage returns it.
+        to_map (Callable): From the feature to (N, C, H, W).
+        from_map (Callable): The way back for the prompt. Both are linear and move elements only.
+        note (Callable, optional): Called with prompt and feature map. Defaults to None.
+
+    Returns:
+        Tensor: The prompted feature, as the feature.
+    """
+    if not _is_plain(block) and block.lean.saves == 'output':
+        return CountedAs(block, _Addition(block, to_map, from_map, note))(x)
+    feature = to_map(x)
+    prompt = prompt_of(block, feature)
+    if note is not None:
+        note(prompt, feature)
+    y = x + from_map(prompt)
+    if not _is_plain(block) and block.lean.observer is not None:
+        block.lean.observer(feature, y)
+    return y
+
+
+class _Addition:
+    r"""Computes :math:`\hat x = x + P(x)` where :math:`P` starts with a 1x1 convolution.
+
+    Keeps :math:`\hat x`, which the layers behind keep anyway, and the narrow output of that
+    convolution. The backward pass computes :math:`P(x)` again from the latter, and takes
+    :math:`x = \hat x - P(x)`, which is exact up to the rounding of the sum, for the gradient of the
+    convolution's weight.
+
+    Args:
+        block, to_map, from_map, note: See :func:`add_prompt`.
     """
 
-    def __init__(self,
-                 first: Callable[[Tensor], Tensor],
-                 weight: Tensor,
-                 bias: Tensor,
-                 rest: Callable[..., Tensor],
-                 parameters: Sequence[Tensor],
-                 to_map: Callable[[Tensor], Tensor],
+    def __init__(self, block: nn.Module, to_map: Callable[[Tensor], Tensor],
                  from_map: Callable[[Tensor], Tensor],
-                 note: Callable[[Tensor, Tensor], None] | None = None) -> None:
-        self.first, self.weight, self.bias = first, weight, bias
-        self.rest, self.parameters = rest, parameters
-        self.to_map, self.from_map, self.note = to_map, from_map, note
+                 note: Callable[[Tensor, Tensor], None] | None) -> None:
+        self.block, self.to_map, self.from_map, self.note = block, to_map, from_map, note
+        first = f'{block.lean.first}.'
+        self.up_parameters = {n: p for n, p in block.named_parameters(remove_duplicate=False)
+                              if not n.startswith(first)}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Adds the prompt.
-
-        Args:
-            x (Tensor): The feature, as its stage returns it.
-
-        Returns:
-            Tensor: The prompted feature, likewise.
-        """
-        if torch.is_grad_enabled():
-            y = _Add.apply(x, self, self.weight, self.bias, *self.parameters)
-        else:
-            y = self.forward(x)[0]
-        if _watch.added is not None:
-            _watch.added.append((y, y._version))
-        return y
+        if not torch.is_grad_enabled():
+            return self.forward(x)[0]
+        conv = self.block.get_submodule(self.block.lean.first)
+        return _Add.apply(x, self, conv.weight, conv.bias, *self.up_parameters.values())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The prompted feature and the narrow tensor, without a graph."""
         feature = self.to_map(x)
-        hidden = self.first(feature)
-        prompt = self.rest(hidden)
+        hidden = self.block.down(feature)
+        prompt = self.block.up(hidden)
         if self.note is not None:
             self.note(prompt, feature)
         return _combine(torch.add, x, self.from_map(prompt)), hidden
+
+    def up(self, hidden: Tensor, parameters: list[Tensor]) -> Tensor:
+        """The prompt, in the layout of the feature, computed with other parameters."""
+        block = stand_in(self.block, dict(zip(self.up_parameters, parameters)))
+        return self.from_map(block.up(hidden))
 
 
 def _combine(function: Callable, x: Tensor, prompt: Tensor) -> Tensor:
@@ -134,7 +247,7 @@ class _Add(Function):
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad(), ctx.precision():
             # A view: PyTorch's counters of operations hook what modules read, and fail on a leaf.
-            prompt = addition.from_map(addition.rest(hidden.view_as(hidden), own))
+            prompt = addition.up(hidden.view_as(hidden), own)
         inner, *found = torch.autograd.grad(
             prompt, (hidden, *trained), grad.to(prompt.dtype), allow_unused=True)
         found = iter(found)

@@ -4,6 +4,7 @@ from torch import nn
 
 from mmprotune import FrozenSnapshot, FrozenTensorsChanged, audit
 from tests.conftest import build
+from tests.test_freezing.test_freeze import network
 
 
 def test_audit_passes_a_model_in_order(prompted_cfg):

@@ -2,9 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmprotune.freezing import (
-    FillRecorder,
-)
+from mmprotune.freezing import FillRecorder
+from tests.test_freezing.test_freeze import network
 
 
 def test_fill_recorder_sees_what_fits():

@@ -1,9 +1,6 @@
 import torch
 
-from mmprotune.freezing import (
-    digest_tensors,
-    fingerprint,
-)
+from mmprotune.freezing import digest_tensors, fingerprint
 
 
 def test_digest_depends_on_every_part():

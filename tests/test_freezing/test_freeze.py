@@ -2,10 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmprotune.freezing import (
-    freeze,
-    keep_frozen_in_eval,
-)
+from mmprotune.freezing import freeze, keep_frozen_in_eval
 
 
 def network():

@@ -11,8 +11,7 @@ from mmengine.runner.activation_checkpointing import turn_on_activation_checkpoi
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmprotune.lean import functional
-from mmprotune.lean.convert import make_lean, restore, unfold
+from mmprotune.lean import functional, make_lean, restore, unfold
 from mmprotune.lean.dry_run import tensors_in
 from mmprotune.lean.graph import is_running, run_folded
 from mmprotune.lean.memory import KeptBytes

@@ -3,7 +3,6 @@ import copy
 import io
 import logging
 import pickle
-from collections import namedtuple
 
 import pytest
 import torch
@@ -11,15 +10,12 @@ from mmcv.cnn.utils import fuse_conv_bn
 from mmengine.model import ExponentialMovingAverage, revert_sync_batchnorm
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.flop_counter import FlopCounterMode
 
-from mmprotune.lean import functional
-from mmprotune.lean.convert import make_lean, restore, unfold
+from mmprotune.lean import functional, make_lean, restore, unfold
 from mmprotune.lean.dry_run import tensors_in
 from mmprotune.lean.graph import FrozenLayerError, run_folded
-from mmprotune.lean.layers import Twin
+from mmprotune.lean.layers import LeanLayer
 from mmprotune.lean.memory import KeptBytes
-from mmprotune.lean.onednn import run_channels_last
 from tests.conftest import RESNET18, autocast, build, wake
 
 MiB = 2**20
@@ -81,7 +77,7 @@ def ordinary(model):
     """The same model, its layers ordinary again."""
     model = copy.deepcopy(model)
     restore(model)
-    assert not any(isinstance(m, Twin) for m in model.modules())
+    assert not any(isinstance(m, LeanLayer) for m in model.modules())
     return model
 
 
@@ -247,7 +243,7 @@ def test_head_only_builds_no_graph():
 
 
 def test_lean_false_is_ordinary():
-    assert not any(isinstance(m, Twin) for m in prompted(lean=False).modules())
+    assert not any(isinstance(m, LeanLayer) for m in prompted(lean=False).modules())
 
 
 def test_state_dict_fingerprint_and_names_stay():
@@ -262,139 +258,16 @@ def test_state_dict_fingerprint_and_names_stay():
 
 def test_layers_that_train_stay_ordinary():
     model = prompted(trainable=[r'layer2\..*', r'layer3\.0\.bn1\..*'])
-    assert not any(isinstance(m, Twin) for m in model.backbone.layer2.modules()
+    assert not any(isinstance(m, LeanLayer) for m in model.backbone.layer2.modules()
                    if any(True for _ in m.parameters(recurse=False)))
-    assert not isinstance(model.backbone.layer3[0].bn1, Twin)
-    assert isinstance(model.backbone.layer3[0].conv1, Twin)
+    assert not isinstance(model.backbone.layer3[0].bn1, LeanLayer)
+    assert isinstance(model.backbone.layer3[0].conv1, LeanLayer)
     naive = ordinary(model)
     x = images(2, 3, 64, 64)
     (_, gradients), (_, exact) = step(model, x), step(naive, x)
     assert set(gradients) == set(exact) and any('layer2.0.conv1' in n for n in exact)
     # Folding moves features by rounding, and with them a few masks of ReLU.
     assert distance(gradients.values(), exact.values()) < 1e-3
-
-
-def formats_of(layer):
-    """Notes whether the maps that a layer reads are channels-last."""
-    seen = []
-    layer.register_forward_pre_hook(lambda m, args: seen.append(
-        args[0].is_contiguous(memory_format=torch.channels_last)))
-    return seen
-
-
-@pytest.mark.parametrize('name', ['resnet', 'regnet', 'hrnet', 'cspnext', 'mobilenet', 'timm'])
-def test_inference_runs_channels_last(name):
-    model = prompted(SMALL[name])
-    assert model.lean_report.channels_last and 'channels-last' in str(model.lean_report)
-    naive = ordinary(model)
-    convs = [m for m in model.backbone.modules()
-             if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    inside = formats_of(convs[-1])
-    for x in (images(2, 3, 96, 64), images(1, 3, 64, 96)):
-        with torch.no_grad():
-            found, expected = outputs_of(model, x), outputs_of(naive, x)
-        assert distance(found, expected) < 1e-5
-        assert all(f.is_contiguous() for f in found)
-        inside.pop()
-        outputs_of(model, x)  # in a graph
-    assert inside == [False, False]
-
-
-def test_when_maps_stay_as_they_are():
-    model = prompted().eval()
-    inside = formats_of(model.backbone.layer2[0].conv2)
-    x = images(2, 3, 64, 64)
-    with torch.inference_mode():
-        model(x)
-    assert inside.pop() and model.lean_report.channels_last
-    with torch.no_grad():
-        # Who comes with channels-last images gets channels-last features.
-        features = model(x.contiguous(memory_format=torch.channels_last))
-        assert inside.pop()
-        assert all(f.is_contiguous(memory_format=torch.channels_last) for f in features)
-        with torch.autocast('cpu', torch.bfloat16):
-            model(x)
-        with FlopCounterMode(display=False):
-            model(x)
-        torch.jit.trace(model, x, check_trace=False, strict=False)
-        model(x[:0]), copy.deepcopy(model).double()(x.double())
-    assert inside and not any(inside)
-    for other in (prompted(lean=dict(fold=False)), prompted(lean=False), prompted(SMALL['swin']),
-                  prompted(SMALL['vit']), prompted(SMALL['convnext'])):
-        assert not other.lean_report.channels_last
-
-
-def test_head_only_training_runs_channels_last():
-    model = prompted(prompt=None)
-    inside = formats_of(model.backbone.layer2[0].conv2)
-    x = images(2, 3, 64, 64)
-    assert all(f.is_contiguous() for f in model(x)) and inside.pop()
-    model(x.clone().requires_grad_())
-    assert not inside.pop()
-
-
-class Views(nn.Module):
-    """Cannot run channels-last: its maps of several images do not lie one after the other."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 3, stride=2, padding=1)
-        self.last = nn.Conv2d(4, 4, 3, padding=1)
-
-    def forward(self, x):
-        y = self.stem(x)
-        return self.last(y.view(-1, *y.shape[2:]).view(y.shape))
-
-
-class Reinterprets(Views):
-    """Runs channels-last, to another result."""
-
-    def forward(self, x):
-        y = self.stem(x)
-        return self.last(y * (2 if y.is_contiguous() else 1))
-
-
-@pytest.mark.parametrize('kind', [Views, Reinterprets])
-def test_a_network_that_needs_its_memory_format_keeps_it(kind):
-    net = kind().eval()
-    for p in net.parameters():
-        p.requires_grad_(False)
-    naive = copy.deepcopy(net)
-
-    class Root(nn.Module):
-
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def forward(self, x):
-            return run_channels_last(self.net, x)
-
-    root = Root()
-    x = images(2, 3, 16, 16)
-    assert not make_lean(net, root=root).channels_last
-    with torch.no_grad():
-        torch.testing.assert_close(root(x), naive(x))
-
-
-@pytest.mark.parametrize('pack', [
-    lambda a, b: (a, b), lambda a, b: [a, b], lambda a, b: dict(first=a, second=b),
-    namedtuple('Pair', 'first second'), lambda a, b: (a, None, [b, 3])])
-def test_outputs_of_any_kind_come_back_contiguous(pack):
-
-    class Net(nn.Module):
-
-        def forward(self, x):
-            return pack(x, x.mean((2, 3)))
-
-    net, x = Net(), images(2, 3, 8, 8)
-    net.lean_channels_last = True
-    with torch.no_grad():
-        found, expected = run_channels_last(net, x), net(x)
-    assert type(found) is type(expected)
-    for a, b in zip(tensors_in(found), tensors_in(expected), strict=True):
-        torch.testing.assert_close(a, b)
-        assert a.is_contiguous()
 
 
 # --- what it composes with --------------------------------------------------------------------
@@ -410,13 +283,13 @@ def test_deepcopy_and_pickle():
     copies = dict(copied=copy.deepcopy(model), pickled=pickle.loads(pickle.dumps(model)),
                   saved=torch.load(buffer, weights_only=False))
     for other in copies.values():
-        assert sum(isinstance(m, Twin) for m in other.modules()) == sum(
-            isinstance(m, Twin) for m in model.modules())
+        assert sum(isinstance(m, LeanLayer) for m in other.modules()) == sum(
+            isinstance(m, LeanLayer) for m in model.modules())
         outputs, gradients = step(other, x)
         assert all(map(torch.equal, outputs, expected))
         assert distance(gradients.values(), exact.values()) == 0
         # Their pairs are their own.
-        pair = other.backbone.conv1.lean_pair
+        pair = other.backbone.conv1.lean.pair
         assert pair.norm is other.backbone.bn1 and pair.conv is other.backbone.conv1
 
 
@@ -641,7 +514,7 @@ def test_norms_that_are_fused_by_pytorch():
                 setattr(holder, conv, fuse_conv_bn_eval(getattr(holder, conv),
                                                         getattr(holder, norm)))
                 setattr(holder, norm, nn.Identity())
-    assert isinstance(fused.backbone.conv1, Twin)
+    assert isinstance(fused.backbone.conv1, LeanLayer)
     (outputs, gradients), (_, exact) = step(fused, x), step(model, x)
     assert distance(outputs, expected) < 1e-10
     assert distance(gradients.values(), exact.values()) < 1e-8
@@ -652,7 +525,7 @@ def test_a_layer_that_is_copied_alone_is_a_layer_alone():
     naive = ordinary(model)
     conv = copy.deepcopy(model.backbone.layer3[0].conv2)
     norm = copy.deepcopy(model.backbone.layer3[0].bn2)
-    assert conv.lean_pair is None and model.backbone.layer3[0].conv2.lean_pair is not None
+    assert conv.lean.pair is None and model.backbone.layer3[0].conv2.lean.pair is not None
     x = images(1, conv.in_channels, 8, 8)
     assert torch.equal(conv(x), naive.backbone.layer3[0].conv2(x))
     assert torch.equal(norm(x), naive.backbone.layer3[0].bn2(x))
@@ -698,7 +571,7 @@ def test_a_convolution_with_its_own_forward_is_left_alone_and_reported():
     for p in (*net.parameters(), *naive.parameters()):
         p.requires_grad_(False)
     report = make_lean(net)
-    assert type(net[1]) is OwnForward and isinstance(net[0], Twin)
+    assert type(net[1]) is OwnForward and isinstance(net[0], LeanLayer)
     assert set(report.ordinary) == {'1'} and report.ordinary['1'] > 0.5 * report.kept
     assert '1 ' in str(report) and 'ordinary modules keep' in str(report)
     x = images(1, 3, 16, 16)
@@ -712,7 +585,7 @@ def test_a_replaced_norm_is_not_applied_twice():
     expected = [o.detach() for o in model.eval()(x)]
     assert model.lean_report.folded
     other = revert_sync_batchnorm(copy.deepcopy(model)).eval()
-    assert not isinstance(other.backbone.bn1, Twin)
+    assert not isinstance(other.backbone.bn1, LeanLayer)
     assert distance(other(x), expected) < 1e-5
 
 
@@ -773,9 +646,9 @@ def test_a_network_that_rounding_changes_is_not_folded():
     for p in net.parameters():
         p.requires_grad_(False)
     report = make_lean(net)
-    assert not report.folded and not report.channels_last
+    assert not report.folded
     assert 'so nothing is folded (as with fold=False)' in report.remarks[0]
-    assert isinstance(net.conv, Twin) and not net.conv.lean_fast
+    assert isinstance(net.conv, LeanLayer) and not net.conv.lean.rounds
     x = images(1, 3, 16, 16)
     assert torch.equal(net(x), naive(x))
 
@@ -798,7 +671,7 @@ def test_a_network_that_runs_at_no_usual_size_is_lean_all_the_same(caplog):
         p.requires_grad_(False)
     report = make_lean(net)
     assert 'ran at no usual image size (RuntimeError: wants 50 rows)' in report.remarks[0]
-    assert isinstance(net.conv, Twin)
+    assert isinstance(net.conv, LeanLayer)
     assert net(images(1, 3, 50, 8).requires_grad_()).requires_grad
 
 

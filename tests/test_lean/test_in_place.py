@@ -9,8 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmprotune.lean import functional as lean
-from mmprotune.lean import layers as twins
+from mmprotune.lean import table
 from mmprotune.lean.functional import activations
+from mmprotune.lean.graph import LeanState
+from mmprotune.lean.layers import LeanLayer
+from mmprotune.lean.prompts import PromptState, prompt_of
 from mmprotune.models.prompt_block import PromptBlock
 
 
@@ -112,7 +115,7 @@ FUNCTIONS = {
                   [(6, ), *MAPS]),
     'mish': (lambda x: lean.activation(x, activations.MISH), F.mish, [(6, ), *MAPS]),
     'swish': (lambda x: lean.activation(x, activations.SWISH), gate, [(6, ), *MAPS]),
-    'recomputed': (lambda x: lean.activation(lean.linear(x, draw(9, 6, seed=1), None, 'name'),
+    'recomputed': (lambda x: lean.activation(lean.linear(x, draw(9, 6, seed=1), None, LeanState()),
                                              activations.GELU),
                    lambda x: F.gelu(F.linear(x, draw(9, 6, seed=1))), [(5, 6), (2, 3, 4, 6)]),
     'max pooling': (lambda x: lean.max_pool2d(x, 3, 2, 1), lambda x: F.max_pool2d(x, 3, 2, 1),
@@ -253,8 +256,6 @@ LAYERS = {
     'mmpretrain.models.utils.attention.WindowMSA': (6, ),
     'mmdet.models.backbones.swin.ShiftWindowMSA': (6, ),
     'mmseg.models.backbones.swin.ShiftWindowMSA': (6, ),
-    'mmprotune.models.prompt_block.PromptBlock': (lambda: PromptBlock(3, 1, zero_init=False), (),
-                                                  MAPS[:1]),
 }
 
 
@@ -272,23 +273,23 @@ def layer_of(path):
 
 
 def lean_layer(layer):
-    """The lean twin of a frozen layer, the layers in it lean too; and the layer."""
+    """A frozen layer, lean with all the layers in it; and the stock one."""
     layer = layer.double()
     for p in layer.parameters():
         p.requires_grad_(False)
     stock = copy.deepcopy(layer)
     for child in layer.modules():
-        cls = twins.twin_of(child)
-        if cls is not None:
-            child.__class__ = cls
-    assert isinstance(layer, twins.Twin)
+        lean = table.lean_type(child)
+        if lean is not None:
+            table.swap(child, lean)
+    assert isinstance(layer, LeanLayer)
     return layer, stock
 
 
 def test_the_layers_are_all_of_them():
     others = {'torch.nn.modules.activation.Sigmoid', 'torch.nn.modules.activation.Tanh',
               'torch.nn.modules.activation.MultiheadAttention'}
-    assert set(twins._TWINS) == set(LAYERS) | others
+    assert set(table._TABLE) == set(LAYERS) | others
 
 
 @pytest.mark.parametrize('change', CHANGES)
@@ -301,6 +302,16 @@ def test_layers(path, change):
         for layout in ('plain', 'strided'):
             compare(calls(layer, *args), calls(stock, *args), tensor(shape, layout),
                     CHANGES[change])
+
+
+@pytest.mark.parametrize('change', CHANGES)
+@pytest.mark.parametrize('saves', ['bottleneck', 'input'])
+def test_prompts(saves, change):
+    stock = PromptBlock(3, 1, zero_init=False).double()
+    block = copy.deepcopy(stock)
+    block.lean = PromptState(saves)
+    for layout in ('plain', 'strided'):
+        compare(partial(prompt_of, block), stock, tensor(MAPS[0], layout), CHANGES[change])
 
 
 @pytest.mark.parametrize('change', CHANGES)
@@ -332,7 +343,7 @@ def test_layers_that_work_in_place(before, layer):
         p.requires_grad_(False)
     own = copy.deepcopy(stock)
     for child in own:
-        child.__class__ = twins.twin_of(child) or type(child)
-        child.__dict__['lean_fast'] = True
+        if table.lean_type(child) is not None:
+            table.swap(child, table.lean_type(child)).rounds = True
     shape = (3, 4, 25, 64) if isinstance(before, nn.Linear) else (3, 64, 10, 10)
     compare(own, stock, tensor(shape, dtype=torch.float32), lambda y: y, tolerance=1e-4)

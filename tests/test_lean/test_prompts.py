@@ -66,7 +66,7 @@ def test_same_gradients(layout, prompt):
     model = prompted(LAYOUTS[layout], prompt=prompt).double()
     kind = model.stages[0].layout.kind.lower()
     assert kind == (layout if layout in ('nchw', 'nhwc') else 'nlc')
-    assert all(block.lean_adds for block in model.prompts.values())
+    assert all(block.lean.saves == 'output' for block in model.prompts.values())
     x = images(dtype=torch.float64)
     (outputs, found), (expected, exact) = gradients(model, x), gradients(ordinary(model), x)
     assert len(outputs) == len(expected)
@@ -117,7 +117,6 @@ def test_hooks_see_the_prompt():
         expected = model(images())
     seen = []
     handle = block.register_forward_hook(lambda m, args, prompt: seen.append((args[0], prompt)))
-    assert not block.lean_adds
     with model.record_norms() as again:
         found = model(images())
     handle.remove()
@@ -172,7 +171,7 @@ def test_a_network_that_changes_features_in_place():
     """Its prompts keep the feature from before, and the log says so."""
     model = prompted(dict(type='mmprotune.InPlaceStages'), stages=['a', 'b'])
     assert 'changes prompted features in place' in str(model.lean_report)
-    assert not any(block.lean_adds for block in model.prompts.values())
+    assert all(block.lean.saves == 'bottleneck' for block in model.prompts.values())
     (_, found), (_, exact) = gradients(model, images()), gradients(ordinary(model), images())
     for name, gradient in exact.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
@@ -345,3 +344,139 @@ def test_a_checkpointed_network_that_changes_features_in_place():
     (_, found), (_, exact) = gradients(model, images()), gradients(ordinary(model), images())
     for name, gradient in exact.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+# --- blocks of other types --------------------------------------------------------------------
+
+
+class Halves(nn.Module):
+    """A block that is cut in two; its lower half is one 1x1 convolution."""
+
+    def __init__(self, channels, zero_init=False):
+        super().__init__()
+        self.first = nn.Conv2d(channels, 4, 1, bias=False)
+        self.last = nn.Conv2d(4, channels, 3, padding=1)
+
+    def down(self, x):
+        return self.first(x)
+
+    def up(self, hidden):
+        return self.last(hidden.tanh() * hidden)
+
+    def forward(self, x):
+        return self.up(self.down(x))
+
+
+@MODELS.register_module()
+class OneConvolution(Halves):
+    pass
+
+
+@MODELS.register_module()
+class ActiveDown(Halves):
+
+    def down(self, x):
+        return self.first(x).tanh()
+
+
+@MODELS.register_module()
+class InPlaceDown(Halves):
+
+    def down(self, x):
+        return self.first(x).tanh_()
+
+
+@MODELS.register_module()
+class WideDown(Halves):
+
+    def __init__(self, channels, zero_init=False):
+        super().__init__(channels)
+        self.first = nn.Conv2d(channels, 4, 3, padding=1)
+
+
+@MODELS.register_module()
+class NormedDown(Halves):
+
+    def __init__(self, channels, zero_init=False):
+        super().__init__(channels)
+        self.first = nn.Sequential(nn.Conv2d(channels, 4, 1), nn.GroupNorm(2, 4))
+
+
+@MODELS.register_module()
+class OwnForward(Halves):
+    """Computes something else than the halves that it inherits."""
+
+    def forward(self, x):
+        return super().forward(x) * 3
+
+
+@MODELS.register_module()
+class HalvesThatAreLayers(nn.Module):
+    """Has layers of these names, between which it does more."""
+
+    def __init__(self, channels, zero_init=False):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(channels, 4, 1), nn.Conv2d(4, channels, 1)
+
+    def forward(self, x):
+        return self.up(self.down(x).sin())
+
+
+@MODELS.register_module()
+class Drops(Halves):
+
+    def __init__(self, channels, zero_init=False):
+        super().__init__(channels)
+        self.drop = nn.Dropout(0.)
+
+
+BLOCKS = dict(OneConvolution='output', ActiveDown='bottleneck', InPlaceDown='bottleneck',
+              WideDown='bottleneck', NormedDown='bottleneck', OwnForward=None,
+              HalvesThatAreLayers=None, Drops=None)
+
+
+def of_type(name, **kwargs):
+    model = prompted(prompt=dict(type=f'mmprotune.{name}'), **kwargs)
+    torch.manual_seed(2)
+    for p in model.prompts.parameters():
+        nn.init.normal_(p, std=0.3)
+    return model.double()
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+@pytest.mark.parametrize('last_stage', ['residual', 'serial'])
+def test_blocks_of_other_types(name, last_stage):
+    model = of_type(name, last_stage=last_stage)
+    saves = [getattr(block.__dict__.get('lean'), 'saves', None) for block in model.prompts.values()]
+    if last_stage == 'serial' and BLOCKS[name] == 'output':  # whose last prompt is not added
+        assert saves.pop() == 'bottleneck'
+    assert set(saves) == {BLOCKS[name]}
+    x = images(dtype=torch.float64)
+    (outputs, found), (expected, exact) = gradients(model, x), gradients(ordinary(model), x)
+    assert all((a - b).norm() <= 1e-10 * b.norm() for a, b in zip(outputs, expected))
+    assert found.keys() == exact.keys()
+    for n, gradient in exact.items():
+        assert gradient.norm() > 0 and (found[n] - gradient).norm() <= 1e-9 * gradient.norm(), n
+
+
+def kept_by(model):
+    """Bytes kept, by the part of the model that they count for."""
+    with KeptBytes(model) as count:
+        outputs = model(images(dtype=torch.float64))
+    found = count.by_module()
+    del outputs
+    return (sum(n for path, n in found.items() if path.startswith('prompts')),
+            sum(n for path, n in found.items() if not path.startswith('prompts')))
+
+
+@pytest.mark.parametrize('name', ['OneConvolution', 'ActiveDown'])
+def test_blocks_of_other_types_keep_less_and_it_counts_as_theirs(name):
+    model = of_type(name)
+    (prompts, rest), (of_ordinary, rest_of_ordinary) = kept_by(model), kept_by(
+        of_type(name, lean=dict(prompts=False)))
+    features = 8 * 2 * sum(block.last.out_channels * (16 // 2**i)**2
+                           for i, block in enumerate(model.prompts.values()))
+    hidden = 8 * 2 * 4 * sum((16 // 2**i)**2 for i in range(len(model.prompts)))
+    assert prompts == features + hidden
+    assert prompts < of_ordinary
+    assert rest <= rest_of_ordinary

@@ -1,76 +1,22 @@
 """Activations. What each keeps is in its docstring."""
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..graph import Kept, Producer, builds_graph, without_autocast
+from ..graph import Kept, Producer, builds_graph
+from ..precision import without_autocast
+from .bits import fills_memory, pack_bits, select_bits
 
 aten = torch.ops.aten
 
 # --- one bit an element -----------------------------------------------------------------------
-
-_GATHER = 0x0102040810204080  # brings the lowest bits of 8 bytes together in the highest byte
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_rows: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """Packs a mask 8 elements to a byte, in the order in which they lie in memory.
-
-    Args:
-        mask (Tensor): Bool tensor that fills its memory without gaps or overlaps.
-
-    Returns:
-        Tensor: uint8 tensor of shape (ceil(elements / 8), ).
-    """
-    flat = mask.as_strided((mask.numel(), ), (1, ))
-    if flat.device.type == 'cpu' and type(flat) is Tensor:
-        return torch.from_numpy(np.packbits(flat.numpy(), bitorder='little'))
-    return pack_bits_anywhere(flat)
-
-
-def pack_bits_anywhere(flat: Tensor) -> Tensor:
-    """:func:`pack_bits` of a flat mask by PyTorch's operators alone, for any device."""
-    padded = F.pad(flat.view(torch.uint8), (0, -flat.numel() % 8))
-    words = padded.view(torch.int64) * _GATHER
-    return words.view(torch.uint8).view(-1, 8)[:, 7].contiguous()
-
-
-def select_bits(grad: Tensor, bits: Tensor) -> Tensor:
-    """The elements of ``grad`` whose bit is set, NaN and infinity included; zero elsewhere.
-
-    Args:
-        grad (Tensor): Fills its memory, in the same order as the packed mask.
-        bits (Tensor): What :func:`pack_bits` returned.
-    """
-    integer = _INTEGERS[grad.element_size()]
-    key = grad.device, integer
-    if key not in _rows:  # for each byte 8 integers: all their bits set where its bit is set
-        bit = torch.arange(256).unsqueeze(1).bitwise_right_shift(torch.arange(8)).bitwise_and_(1)
-        _rows[key] = bit.neg_().to(*key)
-    masks = torch.index_select(_rows[key], 0, bits.int()).view(-1)[:grad.numel()]
-    flat = grad.as_strided((grad.numel(), ), (1, ), grad.storage_offset())
-    masks.bitwise_and_(flat.view(integer))
-    return masks.view(grad.dtype).as_strided(grad.size(), grad.stride())
-
-
-def _fills_memory(x: Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 class _Clamp(Function):
@@ -81,7 +27,7 @@ class _Clamp(Function):
         if inplace:
             ctx.mark_dirty(x)
         mask = passes(y)
-        if not _fills_memory(mask):
+        if not fills_memory(mask):
             mask = mask.contiguous()
         ctx.size, ctx.stride, ctx.slope, ctx.gain = mask.size(), mask.stride(), slope, gain
         ctx.save_for_backward(pack_bits(mask))
@@ -246,34 +192,6 @@ class _Recomputed(Function):
         return grad.to(ctx.dtype), None, None, None, None
 
 
-class _Watch(threading.local):
-    """Who plans on this thread."""
-    observer: Callable[[Producer, int], None] | None = None
-
-
-_watch = _Watch()
-
-
-@contextlib.contextmanager
-def observed(observer: Callable[[Producer, int], None]) -> Iterator[None]:
-    """While open, this thread tells what could be computed again.
-
-    Args:
-        observer (Callable): Takes the producer, and the bytes that would be saved.
-    """
-    before, _watch.observer = _watch.observer, observer
-    try:
-        yield
-    finally:
-        _watch.observer = before
-
-
-def observe(producer: Producer, kept: Kept, result: Tensor) -> None:
-    """Tells the observer what keeping the producer's input instead of ``result`` would save."""
-    if _watch.observer is not None:
-        _watch.observer(producer, result.nbytes - (0 if kept.is_free else producer.x.nbytes))
-
-
 def activation(x: Tensor, act: Smooth) -> Tensor:
     """GELU, SiLU, Hardswish, Mish or Swish.
 
@@ -291,5 +209,5 @@ def activation(x: Tensor, act: Smooth) -> Tensor:
     if producer is None:
         return _Smooth.apply(x, act)
     kept = Kept(producer.x)
-    observe(producer, kept, x)
+    producer.tell(kept, x)
     return _Recomputed.apply(producer.x, x.detach(), act, producer, kept)

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ..graph import Kept, Precision, Producer, builds_graph, check_frozen, without_autocast
-from .activations import observe
+from ..graph import Kept, Producer, builds_graph, check_frozen
+from ..precision import Precision, without_autocast
 
 aten = torch.ops.aten
 
@@ -163,7 +163,7 @@ def packed_attention(qkv: Tensor, heads: int, scale: float,
     if producer is None:
         return _Attend.apply(method, None, None, biases, None, qkv)
     kept = Kept(producer.x)
-    observe(producer, kept, qkv)
+    producer.tell(kept, qkv)
     return _Attend.apply(method, kept, producer, biases, producer.x, qkv.detach())
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
 from ..graph import builds_graph
-from ..onednn import separate_max_pool2d, suits_separate_pool
+from .convolution import memory_format_of
 
 aten = torch.ops.aten
 
@@ -21,10 +21,7 @@ def _blank(ctx, grad: Tensor) -> Tensor:
 
 
 def _note_shape(ctx, x: Tensor) -> None:
-    ctx.shape = x.shape
-    is_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(
-        memory_format=torch.channels_last)
-    ctx.memory_format = torch.channels_last if is_last else torch.contiguous_format
+    ctx.shape, ctx.memory_format = x.shape, memory_format_of(x)
 
 
 class _MaxPool2d(Function):
@@ -88,9 +85,6 @@ def max_pool2d(x: Tensor, kernel_size, stride=None, padding=0, dilation=1,
     """
     kernel, padding, dilation = _pair(kernel_size), _pair(padding), _pair(dilation)
     stride = kernel if stride is None else _pair(stride)
-    if not builds_graph(x) and suits_separate_pool(
-            x, kernel, stride, padding, dilation, ceil_mode):
-        return separate_max_pool2d(x, kernel, stride, padding)
     if not builds_graph(x) or kernel[0] * kernel[1] > 256 or x.numel() == 0:
         return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
     return _MaxPool2d.apply(x, kernel, stride, padding, dilation, ceil_mode)
