@@ -16,7 +16,7 @@ from mmprotune.lean.dry_run import tensors_in
 from mmprotune.lean.graph import is_running, run_folded
 from mmprotune.lean.memory import KeptBytes
 from tests.conftest import RESNET18, build
-from tests.test_lean.test_convert import (
+from tests.test_lean.networks import (
     SMALL,
     distance,
     images,
