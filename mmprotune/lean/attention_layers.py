@@ -61,6 +61,7 @@ class MultiheadAttention(LeanLayer):
     def _attend(self, function, *args) -> Tensor:
         *projected, scale = args
         if not self.lean.sdpa:
+            # The older stock layer divides its queries instead of multiplying them.
             return function(*projected, self.num_heads, scale, divides=TORCH_BEFORE_2_3)
         if len(projected) == 1:
             projected = projected[0].chunk(3, dim=-1)

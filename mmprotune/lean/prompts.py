@@ -102,13 +102,13 @@ def _first_convolution(block: nn.Module, feature: Tensor) -> str:
     conv, args, y, version = called[0]
     plain = (type(conv) is nn.Conv2d and conv.kernel_size == conv.stride == (1, 1)
              and conv.padding in ((0, 0), 'same', 'valid') and conv.groups == 1
-             and args[0] is feature and y is hidden and y._version == version)
+             and args and args[0] is feature and y is hidden and y._version == version)
     return names[conv] if plain else ''
 
 
 def _is_plain(block: nn.Module) -> bool:
     """Whether the block has to run as it is now."""
-    return not isinstance(block.__dict__.get('lean'), PromptState) or is_recorded() or any(
+    return is_recorded() or not isinstance(block.__dict__.get('lean'), PromptState) or any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
         for m in block.modules())
 
