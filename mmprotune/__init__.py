@@ -17,7 +17,7 @@ from .engine.hooks import (  # noqa: E402
     PromptStatsHook,
     RanksDisagree,
 )
-from .frozen import FrozenSnapshot, FrozenTensorsChanged, audit  # noqa: E402
+from .freezing import FrozenSnapshot, FrozenTensorsChanged, audit  # noqa: E402
 from .models import PromptBlock, PromptedBackbone, protune  # noqa: E402
 
 checkpoint.register()

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from . import safe_io
 from .config_nodes import class_names, node_of, prompted_nodes, training_patterns
-from .frozen import fingerprint
-from .frozen.fingerprint import OPTIONAL_BUFFERS
+from .freezing import fingerprint
+from .freezing.fingerprint import OPTIONAL_BUFFERS
 from .safe_io import CheckpointError, CheckpointNotWritten, UnreadableCheckpoint, read, register
 from .version import __version__
 

@@ -108,6 +108,32 @@ class PromptBlock(BaseModule):
         self.reset_parameters()
         super().init_weights()
 
+    def down(self, x: Tensor) -> Tensor:
+        """The narrow hidden map.
+
+        Args:
+            x (Tensor): Feature map of shape (N, C, H, W), ``C = channels``.
+
+        Returns:
+            Tensor: Of shape (N, hidden, H, W).
+        """
+        if x.dim() != 4 or x.size(1) != self.channels:
+            raise ValueError(f'PromptBlock expects (N, {self.channels}, H, W), '
+                             f'got {tuple(x.shape)}')
+        return self.reduce(x)
+
+    def up(self, hidden: Tensor) -> Tensor:
+        """The prompt.
+
+        Args:
+            hidden (Tensor): What :meth:`down` returned.
+
+        Returns:
+            Tensor: Of shape (N, C, H, W).
+        """
+        prompt = self.expand(self.act(self.norm(self.spatial(hidden))))
+        return prompt if self.scale is None else prompt * self.scale
+
     def forward(self, x: Tensor) -> Tensor:
         """Computes the prompt.
 
@@ -117,11 +143,7 @@ class PromptBlock(BaseModule):
         Returns:
             Tensor: Prompt of shape (N, C, H, W).
         """
-        if x.dim() != 4 or x.size(1) != self.channels:
-            raise ValueError(f'PromptBlock expects (N, {self.channels}, H, W), '
-                             f'got {tuple(x.shape)}')
-        prompt = self.expand(self.act(self.norm(self.spatial(self.reduce(x)))))
-        return prompt if self.scale is None else prompt * self.scale
+        return self.up(self.down(x))
 
 
 # mmcv's short names, for environments where mmcv has not registered them.

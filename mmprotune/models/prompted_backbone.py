@@ -18,24 +18,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmprotune.checkpoint import check_incoming
-from mmprotune.frozen import (
+from mmprotune.freezing import (
     apply_to_the_rest,
     fingerprint,
     freeze,
     frozen_tensors,
     keep_frozen_in_eval,
 )
-from mmprotune.frozen.dry_run import image_shapes, noise, tensors_in, undisturbed
-from mmprotune.frozen.fingerprint import identity
-from mmprotune.frozen.kernels import run_channels_last
-from mmprotune.frozen.lean import (
-    STORAGE_DTYPES,
-    LeanOptions,
-    LeanReport,
-    make_lean,
-    store_weights,
-)
-from mmprotune.frozen.origin import is_recorded, run_folded
+from mmprotune.freezing.fingerprint import identity
+from mmprotune.lean.convert import STORAGE_DTYPES, make_lean, store_weights
+from mmprotune.lean.dry_run import image_shapes, noise, tensors_in, undisturbed
+from mmprotune.lean.graph import is_recorded, run_folded
+from mmprotune.lean.options import LeanOptions, LeanReport
+from mmprotune.lean.prompts import add_prompt, prompt_of
 from mmprotune.registry import MODELS
 
 from . import calls
@@ -96,7 +91,7 @@ class PromptedBackbone(BaseModule):
             leaves the last stage without one. Defaults to 'residual'.
         lean (bool | dict): Whether the backward pass through the frozen layers keeps only what
             input gradients need; a dict sets the options of
-            :class:`~mmprotune.frozen.lean.LeanOptions`. Gradients are the same to rounding.
+            :class:`~mmprotune.lean.options.LeanOptions`. Gradients are the same to rounding.
             Defaults to True.
         backbone_dtype (str, optional): 'bfloat16' or 'float16' stores the frozen weights of
             convolutions and linear layers in that precision; they compute in that of their input,
@@ -265,7 +260,7 @@ class PromptedBackbone(BaseModule):
         with calls.opened(self, call):
             if not torch.is_grad_enabled() or not (
                     x.requires_grad or any(p.requires_grad for p in self.parameters())):
-                return run_channels_last(self.backbone, x, *args, **kwargs)
+                return run_folded(self.backbone, x, *args, **kwargs)
             outputs = run_folded(self.backbone, x, *args, **kwargs)
         if self._has_tokens and not is_recorded():
             calls.keep_with_graph(self, call, tensors_in(outputs))
@@ -309,15 +304,13 @@ class PromptedBackbone(BaseModule):
         if call is not None and call.norms is not None:
             note = partial(_note_norms, call.norms, stage.name)
         serial = self.last_stage == 'serial' and stage.path == self.stages[-1].path
-        if not serial and getattr(block, 'lean_adds', False):
-            return block(x, to_map, from_map, note)
+        if not serial:
+            return add_prompt(block, x, to_map, from_map, note)
         feature = to_map(x)
-        prompt = block(feature)
+        prompt = prompt_of(block, feature)
         if note is not None:
             note(prompt, feature)
         prompt = from_map(prompt)
-        if not serial:
-            return x + prompt
         extra = stage.layout.extra_tokens  # which have no prompt to be replaced by
         return torch.cat((x[:, :extra], prompt[:, extra:]), dim=1) if extra else prompt
 

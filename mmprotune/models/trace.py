@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmprotune.frozen.dry_run import (
+from mmprotune.lean.dry_run import (
     image_shapes,
     noise,
     nothing_saved,

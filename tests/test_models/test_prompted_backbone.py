@@ -13,7 +13,7 @@ from torch import nn
 
 from mmprotune import FrozenSnapshot, FrozenTensorsChanged, PromptedBackbone, audit
 from mmprotune.checkpoint import full_state_dict
-from mmprotune.frozen.dry_run import tensors_in
+from mmprotune.lean.dry_run import tensors_in
 from mmprotune.models.prompted_backbone import PretrainedFileError
 from tests.classification import classification_scope, classifier_cfg
 from tests.conftest import RESNET18, build, wake

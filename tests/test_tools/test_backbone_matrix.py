@@ -48,7 +48,7 @@ def test_a_broken_promise_fails(monkeypatch):
 
 
 def test_a_wrong_gradient_fails(monkeypatch):
-    from mmprotune.frozen import functional
+    from mmprotune.lean import functional
     convolve = functional.Convolution.input_gradient
     monkeypatch.setattr(functional.Convolution, 'input_gradient',
                         lambda self, *args: convolve(self, *args) * 1.001)

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mmprotune.frozen.kept import KeptBytes
+from mmprotune.lean.memory import KeptBytes
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 # Classes that live beside the backbones without being one.
@@ -228,8 +228,6 @@ def _check_prompted(name: str, library: str, kwargs: dict, sizes: list, result: 
 
     images = [torch.randn(2, *size) for size in sizes]
     model.eval()
-    # In a graph: without one, maps are channels-last, and those of one pixel are not after an
-    # addition, which lets the next convolution round otherwise.
     for image in images:
         torch.manual_seed(0)
         expected = _plain(model, image)
@@ -285,7 +283,7 @@ def _check_prompted(name: str, library: str, kwargs: dict, sizes: list, result: 
 
 def _check_lean(model: nn.Module, image: Tensor, result: dict) -> None:
     """Compares the lean backbone with the ordinary one; the model is an ordinary one afterwards."""
-    from mmprotune.frozen.lean import restore, unfold
+    from mmprotune.lean import restore, unfold
 
     def step() -> tuple[list[Tensor], list[Tensor], int]:
         torch.manual_seed(0)

@@ -34,8 +34,8 @@ from torch import nn
 from mmprotune.config_nodes import type_name
 from mmprotune.engine import launch
 from mmprotune.engine.noise_batch import noise_item
-from mmprotune.frozen.dry_run import tensors_in
-from mmprotune.frozen.kept import KeptBytes
+from mmprotune.lean.dry_run import tensors_in
+from mmprotune.lean.memory import KeptBytes
 
 VARIANTS = ('full', 'frozen', 'naive', 'lean')
 TITLES = dict(full='full fine-tuning', frozen='head only', naive='prompted, naive',

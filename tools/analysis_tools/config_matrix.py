@@ -53,7 +53,7 @@ from torch import nn
 from mmprotune import __version__, protune
 from mmprotune.engine import launch
 from mmprotune.engine.noise_batch import noise_batch
-from mmprotune.frozen import FrozenSnapshot, audit
+from mmprotune.freezing import FrozenSnapshot, audit
 from mmprotune.models import PromptedBackbone
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')

@@ -11,7 +11,7 @@ from mmengine.model import is_model_wrapper
 from torch import nn
 
 from mmprotune.checkpoint import prompted_parts
-from mmprotune.frozen import FrozenSnapshot, FrozenTensorsChanged, audit
+from mmprotune.freezing import FrozenSnapshot, FrozenTensorsChanged, audit
 from mmprotune.registry import HOOKS
 from mmprotune.version import __version__
 

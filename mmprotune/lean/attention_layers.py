@@ -1,0 +1,126 @@
+"""Lean attention layers."""
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import functional
+from .graph import TORCH_BEFORE_2_3, builds_graph, check_frozen, is_recorded
+from .layers import LeanLayer
+
+
+class MultiheadAttention(LeanLayer):
+    """``nn.MultiheadAttention`` whose caller drops the probabilities that it returns."""
+
+    def _trains(self) -> bool:  # it computes with its child's parameters
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+
+    def forward(self,
+                query: Tensor,
+                key: Tensor,
+                value: Tensor,
+                key_padding_mask: Tensor | None = None,
+                need_weights: bool = True,
+                attn_mask: Tensor | None = None,
+                average_attn_weights: bool = True,
+                is_causal: bool = False):
+        covered = (
+            (self.lean.drops_weights or not need_weights) and not is_recorded()
+            and key_padding_mask is None and attn_mask is None and not is_causal
+            and self._qkv_same_embed_dim and self.bias_k is None and not self.add_zero_attn
+            and not (self.training and self.dropout) and query.dim() == 3
+            and not self._trains())
+        if not covered:
+            return self._stock(query, key, value, key_padding_mask, need_weights, attn_mask,
+                               average_attn_weights, is_causal)
+        same = query is key and key is value
+        if self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        scale = math.sqrt(1.0 / (self.embed_dim // self.num_heads))
+        if same:
+            qkv = functional.linear(query, self.in_proj_weight, self.in_proj_bias, self._owner(),
+                              self.lean.rounds)
+            mixed = self._attend(functional.packed_attention, qkv.transpose(0, 1), scale)
+        else:
+            # In parts, as the stock layer does it, so that every bit is the same.
+            weights = self.in_proj_weight.chunk(3)
+            biases = (None, ) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            projected = [functional.linear(t, w, b, fast=self.lean.rounds).transpose(0, 1)
+                         for t, w, b in zip((query, key, value), weights, biases)]
+            mixed = self._attend(functional.attention, *projected, scale)
+        mixed = mixed.transpose(0, 1)
+        out = functional.linear(mixed, self.out_proj.weight, self.out_proj.bias,
+                                fast=self.lean.rounds)
+        return out.transpose(0, 1) if self.batch_first else out, None
+
+    def _attend(self, function, *args) -> Tensor:
+        *projected, scale = args
+        if not self.lean.sdpa:
+            # The older stock layer divides its queries instead of multiplying them.
+            return function(*projected, self.num_heads, scale, divides=TORCH_BEFORE_2_3)
+        if len(projected) == 1:
+            projected = projected[0].chunk(3, dim=-1)
+        q, k, v = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in projected)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+
+
+class _Calls(threading.local):
+    """Calls that this thread is in: the map that a window attention's windows are cut from, and
+    how, from the call of the module around it until its own."""
+
+    def __init__(self) -> None:
+        self.rearrangements: dict[nn.Module, tuple[Tensor, Callable[[Tensor], Tensor]]] = {}
+
+
+_calls = _Calls()
+
+
+class WindowMSA(LeanLayer):
+    """Attention within windows with a relative position bias, of mmdet, mmseg and mmpretrain."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if is_recorded():
+            return super().forward(x, mask)
+        rearrangement = _calls.rearrangements.pop(self, None)
+        if (self.training and self.attn_drop.p) or self._trains():
+            return super().forward(x, mask)
+        if rearrangement is not None:
+            query, windows = rearrangement
+            x = functional.rearranged(query, x, windows)
+        table = self.relative_position_bias_table
+        check_frozen(table)
+        tokens = self.window_size[0] * self.window_size[1]
+        bias = table[self.relative_position_index.view(-1)].view(tokens, tokens, -1)
+        biases = [bias.permute(2, 0, 1).contiguous().unsqueeze(0)]
+        if mask is not None:
+            biases.append(mask.unsqueeze(1))
+        y = functional.packed_attention(self.qkv(x), self.num_heads, self.scale, biases)
+        return self.proj_drop(self.proj(y))
+
+
+class ShiftWindowMSA(LeanLayer):
+    """The shifted windows of mmdet and mmseg: tells what the windows are a rearrangement of."""
+
+    def forward(self, query: Tensor, hw_shape) -> Tensor:
+        msa = self.w_msa
+        # A hook may hand on other windows than it gets.
+        if not (builds_graph(query) and isinstance(msa, WindowMSA)) or msa._forward_pre_hooks:
+            return super().forward(query, hw_shape)
+        _calls.rearrangements[msa] = query, lambda query: self._lean_windows(query, hw_shape)
+        try:
+            return super().forward(query, hw_shape)
+        finally:
+            _calls.rearrangements.pop(msa, None)
+
+    def _lean_windows(self, query: Tensor, hw_shape) -> Tensor:
+        size = self.window_size
+        x = query.unflatten(1, tuple(hw_shape))
+        x = F.pad(x, (0, 0, 0, -x.size(2) % size, 0, -x.size(1) % size))
+        if self.shift_size > 0:
+            x = x.roll((-self.shift_size, -self.shift_size), dims=(1, 2))
+        return self.window_partition(x).view(-1, size * size, x.size(-1))

@@ -1,0 +1,173 @@
+"""Makes a frozen network lean: the same results and gradients, fewer tensors saved.
+
+Layers whose parameters are frozen become, in place, lean ones that save only what the gradient of
+their input needs (:mod:`~mmprotune.lean.functional` says what that is). Parameters, buffers and the
+keys of the state dict stay as they are.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .dry_run import DryRun
+from .folding import Pair, find_pairs, fold
+from .graph import LeanState
+from .layers import LeanLayer
+from .memory import kept_bytes
+from .options import LeanOptions, LeanReport
+from .prompts import PromptState, set_saved
+from .recompute import plan
+from .table import (
+    ATTENTION,
+    DROPS_WEIGHTS,
+    STOCK_STORES_WEIGHTS,
+    STORES_WEIGHTS,
+    forward_name,
+    lean_type,
+    swap,
+)
+
+# What frozen weights can be stored in.
+STORAGE_DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)
+
+
+def make_lean(module: nn.Module,
+              lean: bool | Mapping | LeanOptions = True,
+              root: nn.Module | None = None,
+              key: str = 'lean',
+              prompts: nn.Module | None = None) -> LeanReport:
+    """Makes the frozen layers of a network lean, in place.
+
+    Runs the network a few times on a small noise image, in eval mode and without touching any
+    state, to see which norm follows which convolution and what is worth computing again.
+
+    Args:
+        module (nn.Module): The network. Layers with a parameter that trains stay as they are.
+        lean (bool | Mapping | LeanOptions): See :class:`LeanOptions`. Defaults to True.
+        root (nn.Module, optional): What takes images and runs the network, with whatever trains
+            around it. Defaults to None: the network itself.
+        key (str): The config key of ``lean``, for error messages. Defaults to 'lean'.
+        prompts (nn.Module, optional): Holds prompt blocks that run inside of ``root``; see
+            :mod:`~mmprotune.lean.prompts`. Defaults to None.
+
+    Returns:
+        LeanReport: What was done.
+
+    Raises:
+        TypeError, ValueError: ``lean`` is not valid.
+    """
+    options = LeanOptions.parse(lean, key)
+    report = LeanReport()
+    if options is None:
+        return report
+    for part in (module, prompts):
+        if part is not None:
+            restore(part)
+    dry_run = DryRun(module if root is None else root, module)
+    pairs = find_pairs(module, dry_run) if options.fold and dry_run.shape else []
+    _swap(module, options, report)
+    if prompts is not None and options.prompts and not set_saved(prompts, options.prompts, dry_run):
+        report.remarks.append('the network changes prompted features in place, so its prompts keep '
+                              "the features from before (as with prompts='bottleneck')")
+    if dry_run.shape is None:
+        report.remarks.append(f'the network ran at no usual image size ({dry_run.error}), so '
+                              'nothing is folded or computed again')
+        return report
+    if options.fold:
+        _fold(module, pairs, dry_run, report)
+    report.recomputed = plan(module, options.budget, dry_run)
+    counted = kept_bytes(module, dry_run)
+    report.kept = sum(counted.values())
+    report.ordinary = {path: n for path, n in counted.items()
+                       if not isinstance(module.get_submodule(path), LeanLayer)}
+    return report
+
+
+def restore(module: nn.Module) -> None:
+    """Makes every lean layer of a network ordinary again, in place.
+
+    Args:
+        module (nn.Module): The network.
+    """
+    for child in module.modules():
+        if isinstance(child, LeanLayer):
+            child.__class__ = child.stock_class
+        if isinstance(child.__dict__.get('lean'), (LeanState, PromptState)):
+            del child.__dict__['lean']
+
+
+def store_weights(module: nn.Module,
+                  dtype: str,
+                  root: nn.Module | None = None,
+                  key: str = 'dtype') -> list[str]:
+    """Stores the weights of lean convolutions and linear layers in a lower precision, in place.
+
+    A layer computes in the precision of its input: under autocast in autocast's, else with its
+    weight converted for the moment.
+
+    Args:
+        module (nn.Module): A lean network.
+        dtype (str): One of ``STORAGE_DTYPES``.
+        root (nn.Module, optional): See :func:`make_lean`. Defaults to None.
+        key (str): The config key of ``dtype``, for error messages. Defaults to 'dtype'.
+
+    Returns:
+        list[str]: Names of convolutions and linear layers that stay as they are, being trained or
+        not lean.
+
+    Raises:
+        ValueError: The network does not run with such weights.
+    """
+    dry_run = DryRun(module if root is None else root, module)
+    ran, kept = dry_run.shape is not None, []
+    # These compute with the weights of their children, too.
+    foreign = {child for parent in module.modules() if isinstance(parent, nn.MultiheadAttention)
+               and not isinstance(parent, LeanLayer) for child in parent.modules()}
+    for path, layer in module.named_modules():
+        if isinstance(layer, STORES_WEIGHTS) and layer not in foreign:
+            for parameter in layer.parameters(recurse=False):
+                if parameter.is_floating_point() and parameter.element_size() > 2:
+                    parameter.data = parameter.data.to(STORAGE_DTYPES[dtype])
+        elif isinstance(layer, STOCK_STORES_WEIGHTS):
+            kept.append(path)
+    if ran and dry_run() is None:
+        raise ValueError(f'{key}={dtype!r} does not work with {type(module).__name__}: '
+                         f'{dry_run.error}')
+    return kept
+
+
+# --- which layers -----------------------------------------------------------------------------
+
+
+def _swap(module: nn.Module, options: LeanOptions, report: LeanReport) -> None:
+    parents = {child: parent for parent in module.modules() for child in parent.children()}
+    for path, child in list(module.named_modules()):
+        lean = lean_type(child)
+        if lean is None:
+            continue
+        # Attention modules compute with their children's parameters too.
+        of_attention = issubclass(lean, ATTENTION)
+        if any(p.requires_grad for p in child.parameters(recurse=of_attention)):
+            continue
+        if of_attention and not options.attention:
+            continue
+        report.covered[path] = type(child).__name__
+        state = swap(child, lean, path)
+        state.sdpa = options.attention == 'sdpa'
+        state.drops_weights = child in parents and forward_name(parents[child]) in DROPS_WEIGHTS
+
+
+def _fold(module: nn.Module, pairs: list[tuple[nn.Module, nn.Module]], dry_run: DryRun,
+          report: LeanReport) -> None:
+    places = {child: (parent, name) for parent in module.modules()
+              for name, child in parent.named_children()}
+    pairs = [Pair(conv, norm, *places[norm], module) for conv, norm in pairs
+             if isinstance(conv, LeanLayer) and isinstance(norm, LeanLayer)]
+    error = fold(module, pairs, dry_run)
+    if error is None:
+        report.folded = [(p.conv.lean.name, p.norm.lean.name) for p in pairs]
+    else:
+        report.remarks.append(f'folding moved outputs by {error:.1e}, so nothing is folded '
+                              '(as with fold=False)')

@@ -1,0 +1,191 @@
+"""Softmax attention that keeps queries, keys and values, never the probabilities."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..graph import Kept, Producer, builds_graph, check_frozen
+from ..precision import Precision, without_autocast
+
+aten = torch.ops.aten
+
+# Most bytes of probabilities at a time: on a CPU what its cache holds (which makes it faster than
+# all at once), elsewhere what fills the device.
+CHUNK_BYTES = dict(cpu=4 << 20)
+CHUNK_BYTES_ELSEWHERE = 256 << 20
+
+
+class _Attention:
+    """Computes attention, a part of the batch and of the heads at a time."""
+
+    def __init__(self, heads: int, scale: float, divides: bool = False) -> None:
+        self.heads, self.scale, self.divides = heads, scale, divides
+
+    def split(self, projected: Sequence[Tensor]) -> list[Tensor]:
+        """Views of queries, keys and values, each of shape (B, heads, tokens, channels)."""
+        if len(projected) == 1:
+            projected = projected[0].chunk(3, dim=-1)
+        return [p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected]
+
+    def parts(self, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Slices of the batch and of the heads whose probabilities are few enough."""
+        limit = CHUNK_BYTES.get(q.device.type, CHUNK_BYTES_ELSEWHERE)
+        count = max(1, limit // max(1, q.size(2) * k.size(2) * q.element_size()))
+        batch, heads = max(1, count // self.heads), min(count, self.heads)
+        for b in range(0, max(1, q.size(0)), batch):
+            for h in range(0, self.heads, heads):
+                yield slice(b, min(b + batch, q.size(0))), slice(h, min(h + heads, self.heads))
+
+    def probabilities(self, q: Tensor, k: Tensor, biases: Sequence[Tensor],
+                      part: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities (matrices, tokens, tokens), scaled queries and keys (matrices, tokens,
+        channels) of one part."""
+        shape = q[part].shape[:3]
+        # Contiguous first: products of strided matrices would each copy them, and transposed.
+        q, k = q[part], _matrices(k[part])
+        q = q.clone(memory_format=torch.contiguous_format).flatten(0, 1)
+        q = q.div_(1 / self.scale) if self.divides else q.mul_(self.scale)
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if biases:
+            scores = scores.view(*shape, -1)
+            for bias in biases:
+                bias = _rows(bias, *part)
+                scores = scores.add_(bias) if scores.dtype == bias.dtype else scores + bias
+            scores = scores.flatten(0, 1)
+        return scores.softmax(dim=-1), q, k
+
+    def forward(self, projected: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+        q, k, v = self.split(projected)
+        out = None
+        for part in self.parts(q, k):
+            mixed = torch.bmm(self.probabilities(q, k, biases, part)[0], _matrices(v[part]))
+            if out is None:  # in the layout of the queries
+                like = projected[0] if len(projected) > 1 else projected[0].chunk(3, dim=-1)[0]
+                out = torch.empty_like(like, dtype=mixed.dtype)
+                heads = self.split([out, out, out])[0]
+            heads[part] = mixed.view(heads[part].shape)
+        return out
+
+    def backward(self, grad: Tensor, projected: Sequence[Tensor], biases: Sequence[Tensor],
+                 precision: Precision) -> list[Tensor]:
+        q, k, v = self.split(projected)
+        grad = grad.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        gradients = [torch.empty_like(p) for p in projected]
+        q_grad, k_grad, v_grad = self.split(gradients)
+        for part in self.parts(q, k):
+            with precision():
+                mixing, queries, keys = self.probabilities(q, k, biases, part)
+            g = _matrices(grad[part])
+            scores = torch.bmm(g, _matrices(v[part]).to(g.dtype).transpose(1, 2))
+            scores = aten._softmax_backward_data(
+                scores.to(mixing.dtype), mixing, -1, mixing.dtype).to(g.dtype)
+            for target, value in (
+                (v_grad, torch.bmm(mixing.to(g.dtype).transpose(1, 2), g)),
+                (q_grad, torch.bmm(scores, keys.to(g.dtype)).mul_(self.scale)),
+                (k_grad, torch.bmm(scores.transpose(1, 2), queries.to(g.dtype)))):
+                target[part] = value.view(target[part].shape)
+        return gradients
+
+
+def _matrices(part: Tensor) -> Tensor:
+    """(batch, heads, tokens, channels) as (matrices, tokens, channels), contiguous."""
+    return part.contiguous().flatten(0, 1)
+
+
+def _rows(bias: Tensor, batch: slice, heads: slice) -> Tensor:
+    """The part of a bias of shape (1 or a divisor of B, 1 or heads, tokens, tokens)."""
+    if bias.size(1) > 1:
+        bias = bias[:, heads]
+    if bias.size(0) == 1:
+        return bias
+    return bias[torch.arange(batch.start, batch.stop, device=bias.device) % bias.size(0)]
+
+
+class _Attend(Function):
+
+    @staticmethod
+    def forward(ctx, method, kept, producer, biases, source, *projected):
+        ctx.method, ctx.kept, ctx.precision = method, kept, Precision(projected[0].device)
+        ctx.count = len(projected)
+        if kept is None:
+            ctx.save_for_backward(*biases, *projected)
+        else:
+            ctx.save_for_backward(*biases, kept.take())
+            ctx.replay, ctx.input_gradient = producer.replay(), producer.input_gradient()
+            ctx.dtype = source.dtype
+        return method.forward(projected, biases)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors
+        if ctx.kept is None:
+            biases, projected = saved[:-ctx.count], saved[-ctx.count:]
+        else:
+            biases, projected = saved[:-1], [ctx.replay(ctx.kept(saved[-1]))]
+        with torch.no_grad(), without_autocast(grad):
+            gradients = ctx.method.backward(grad, projected, biases, ctx.precision)
+            if ctx.kept is not None:
+                source = ctx.input_gradient(gradients[0]).to(ctx.dtype)
+                return None, None, None, None, source, *[None] * ctx.count
+        return None, None, None, None, None, *gradients
+
+
+def packed_attention(qkv: Tensor, heads: int, scale: float,
+                     biases: Sequence[Tensor] = (), divides: bool = False) -> Tensor:
+    r"""Self-attention :math:`\mathrm{softmax}(s\,q k^T + \sum_i b_i)\,v`.
+
+    Keeps ``qkv`` and the biases. Where the frozen layer that made ``qkv`` has an owner (see
+    :func:`~mmprotune.lean.functional.convolution`): its input instead of ``qkv``; nothing where
+    that is the output of a frozen LayerNorm.
+
+    Args:
+        qkv (Tensor): Queries, keys and values side by side, of shape (B, tokens, 3 C).
+        heads (int): Heads.
+        scale (float): Factor on the queries.
+        biases (Sequence[Tensor]): Added to the scores one after the other, each of shape (1 or a
+            divisor of B, 1 or heads, tokens, tokens); a divisor of B repeats. Defaults to ().
+        divides (bool): Whether to divide by the inverse of ``scale``, which rounds differently.
+            Defaults to False.
+
+    Returns:
+        Tensor: Of shape (B, tokens, C).
+    """
+    check_frozen(*biases)
+    method = _Attention(heads, scale, divides)
+    if not builds_graph(qkv):
+        return method.forward([qkv], biases)
+    producer = Producer.of(qkv)
+    if producer is None:
+        return _Attend.apply(method, None, None, biases, None, qkv)
+    kept = Kept(producer.x)
+    producer.tell(kept, qkv)
+    return _Attend.apply(method, kept, producer, biases, producer.x, qkv.detach())
+
+
+def attention(q: Tensor,
+              k: Tensor,
+              v: Tensor,
+              heads: int,
+              scale: float,
+              biases: Sequence[Tensor] = (),
+              divides: bool = False) -> Tensor:
+    """Attention of queries to keys and values that differ from them. Keeps the three.
+
+    Args:
+        q (Tensor): Queries of shape (B, tokens, C).
+        k, v (Tensor): Keys and values of shape (B, other tokens, C).
+        heads, scale, biases, divides: See :func:`packed_attention`.
+
+    Returns:
+        Tensor: Of shape (B, tokens, C).
+    """
+    check_frozen(*biases)
+    method = _Attention(heads, scale, divides)
+    if not builds_graph(q, k, v):
+        return method.forward([q, k, v], biases)
+    return _Attend.apply(method, None, None, biases, None, q, k, v)

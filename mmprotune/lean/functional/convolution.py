@@ -1,0 +1,228 @@
+"""Convolutions with frozen weights."""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .. import onednn
+from ..graph import LeanState, Producer, builds_graph, check_frozen
+from ..precision import cast, without_autocast
+
+aten = torch.ops.aten
+
+_CONVOLUTIONS = {
+    1: (F.conv1d, F.conv_transpose1d),
+    2: (F.conv2d, F.conv_transpose2d),
+    3: (F.conv3d, F.conv_transpose3d),
+}
+
+
+class Convolution:
+    """The settings of a convolution over 1 to 3 dimensions, transposed or not.
+
+    Args:
+        stride, padding, dilation (Sequence[int]): One number a dimension.
+        groups (int): Groups of channels.
+        transposed (bool): Whether it is a transposed convolution. Defaults to False.
+        output_padding (Sequence[int], optional): Of a transposed one. Defaults to zeros.
+        pad (Sequence[int], optional): Padding applied before, as ``F.pad`` takes it. Defaults to
+            None.
+        pad_mode (str): Its mode. Defaults to 'constant'.
+    """
+
+    def __init__(self,
+                 stride: Sequence[int],
+                 padding: Sequence[int],
+                 dilation: Sequence[int],
+                 groups: int,
+                 transposed: bool = False,
+                 output_padding: Sequence[int] | None = None,
+                 pad: Sequence[int] | None = None,
+                 pad_mode: str = 'constant') -> None:
+        self.stride, self.padding, self.dilation = list(stride), list(padding), list(dilation)
+        self.groups = groups
+        self.transposed = transposed
+        self.output_padding = list(output_padding or [0] * len(self.stride))
+        self.pad = list(pad) if pad is not None and any(pad) else None
+        self.pad_mode = pad_mode
+
+    def apply(self,
+                 x: Tensor,
+                 weight: Tensor,
+                 bias: Tensor | None = None,
+                 scale: Tensor | None = None,
+                 shift: Tensor | None = None) -> Tensor:
+        """Applies the convolution, and ``scale`` and ``shift`` to its output."""
+        into_weight = scale is not None and self._into_weight(x.shape, weight)
+        weight, bias = cast(weight, x), cast(bias, x)
+        if into_weight:
+            weight = weight * columns(scale, weight, 0)
+            bias = shift if bias is None else torch.addcmul(shift, bias, scale)
+        if self.pad is not None:
+            x = F.pad(x, self.pad, mode=self.pad_mode)
+        is_matrix = into_weight and self._is_matrix(x, weight, memory_format_of(x))
+        y = onednn.pointwise(x, weight.flatten(1), bias) if is_matrix else None
+        if y is not None:
+            return y
+        # Where convolutions are products of matrices, PyTorch spreads the bias over the output
+        # first, which takes as long as the norm would.
+        late = is_matrix and torch.get_num_threads() == 1
+        y = self._convolve(x, weight, None if late else bias)
+        if late:
+            y.add_(columns(bias, y))
+        if scale is not None and not into_weight:
+            y.mul_(columns(scale, y)).add_(columns(shift, y))
+        return y
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # By the functions that autocast knows, on every device.
+        plain, transposed = _CONVOLUTIONS[len(self.stride)]
+        if self.transposed:
+            return transposed(x, weight, bias, self.stride, self.padding, self.output_padding,
+                              self.groups, self.dilation)
+        return plain(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def input_gradient(self,
+                       grad: Tensor,
+                       weight: Tensor,
+                       scale: Tensor | None,
+                       shape: Sequence[int],
+                       memory_format: torch.memory_format) -> Tensor:
+        """The gradient of an input of the given shape and memory format."""
+        if scale is not None and self._into_weight(shape, weight):
+            weight = weight * columns(scale, weight, 0)
+        elif scale is not None:
+            grad = grad * columns(scale, grad).to(grad.dtype)
+        points = self._subsampled(weight, shape)
+        if points is not None:
+            gradient = grad.new_zeros(shape).contiguous(memory_format=memory_format)
+            target = gradient[points]
+            target.copy_(self._pointwise().input_gradient(grad, weight, None, target.shape,
+                                                          memory_format))
+            return gradient
+        if self._is_matrix(grad, weight, memory_format):
+            matrix = weight.flatten(1).t()
+            gradient = onednn.pointwise(grad, matrix)
+            if gradient is not None:
+                return gradient
+            # PyTorch would take a detour through patches.
+            if torch.get_num_threads() == 1 and grad.is_contiguous():
+                return torch.matmul(matrix.to(grad.dtype), grad.flatten(2)).view(shape)
+        # PyTorch's backward asks for the input, but reads no more of it than shape and layout.
+        x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+        padded = x if self.pad is None else F.pad(x, self.pad)
+        grad = aten.convolution_backward(
+            grad, padded, weight.to(grad.dtype), None, self.stride, self.padding, self.dilation,
+            self.transposed, self.output_padding, self.groups, [True, False, False])[0]
+        if self.pad is None:
+            return grad
+        with torch.enable_grad():  # padding is linear, so its gradient is the same at zero
+            x = x.zero_().requires_grad_()
+            return torch.autograd.grad(F.pad(x, self.pad, mode=self.pad_mode), x, grad)[0]
+
+    def _is_pointwise(self, weight: Tensor) -> bool:
+        """Whether each output pixel sees one input pixel."""
+        return (math.prod(weight.shape[2:]) == 1 and not any(self.padding) and self.pad is None
+                and not self.transposed)
+
+    def _pointwise(self) -> Convolution:
+        """This convolution on the pixels that it sees."""
+        ones = [1] * len(self.stride)
+        return Convolution(ones, self.padding, ones, self.groups)
+
+    def _subsampled(self, weight: Tensor, shape: Sequence[int]) -> tuple[slice, ...] | None:
+        """The pixels that a pointwise convolution with a stride sees; None for any other."""
+        if not self._is_pointwise(weight) or math.prod(self.stride) == 1:
+            return None
+        return (slice(None), slice(None), *(slice(None, None, s) for s in self.stride))
+
+    def _is_matrix(self, x: Tensor, weight: Tensor,
+                   memory_format: torch.memory_format) -> bool:
+        """Whether this is one matrix for all pixels of a map on a CPU."""
+        return (x.device.type == 'cpu' and self._is_pointwise(weight)
+                and math.prod(self.stride) == 1 and self.groups == 1 and x.numel() > 0
+                and x.is_contiguous(memory_format=memory_format))
+
+    def _into_weight(self, shape: Sequence[int], weight: Tensor) -> bool:
+        """Whether scaling the weight takes fewer multiplications than scaling the output."""
+        return not self.transposed and (
+            weight.numel() * shape[1] * math.prod(self.stride)
+            <= math.prod(shape) * weight.size(0))
+
+
+def columns(vector: Tensor, like: Tensor, dim: int = 1) -> Tensor:
+    """A vector of one number a channel, shaped to run along dimension ``dim`` of ``like``."""
+    return vector.view([-1 if i == dim else 1 for i in range(like.dim())])
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    for dim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.dim() == dim and not x.is_contiguous() and x.is_contiguous(
+                memory_format=memory_format):
+            return memory_format
+    return torch.contiguous_format
+
+
+class _Convolve(Function):
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, shift, conv):
+        ctx.save_for_backward(weight, scale)
+        ctx.conv, ctx.dtype = conv, x.dtype
+        ctx.shape, ctx.memory_format = x.shape, memory_format_of(x)
+        return conv.apply(x, weight, bias, scale, shift)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weight, scale = ctx.saved_tensors
+        with without_autocast(grad):
+            grad = ctx.conv.input_gradient(grad, weight, scale, ctx.shape, ctx.memory_format)
+        return grad.to(ctx.dtype), None, None, None, None, None
+
+
+def convolution(x: Tensor,
+                weight: Tensor,
+                bias: Tensor | None,
+                conv: Convolution,
+                scale: Tensor | None = None,
+                shift: Tensor | None = None,
+                owner: LeanState | None = None) -> Tensor:
+    r"""A convolution with a frozen weight, and with a frozen affine norm after it.
+
+    Keeps nothing; with a norm, its scale (one number a channel).
+
+    Args:
+        x (Tensor): Input of shape (N, C, \*) or (C, \*).
+        weight (Tensor): Weight.
+        bias (Tensor, optional): Bias.
+        conv (Convolution): Settings.
+        scale, shift (Tensor, optional): Of shape (output channels, ): the output is multiplied by
+            the one, then the other is added. Default to None.
+        owner (LeanState, optional): The layer's: with it, an activation that follows may keep ``x``
+            and convolve again. Defaults to None.
+
+    Returns:
+        Tensor: The output.
+    """
+    check_frozen(weight, bias, scale, shift)
+    if x.dim() == weight.dim() - 1:
+        return convolution(x.unsqueeze(0), weight, bias, conv, scale, shift, owner).squeeze(0)
+    if not builds_graph(x):
+        return conv.apply(x, weight, bias, scale, shift)
+    y = _Convolve.apply(x, weight, bias, scale, shift, conv)
+    y._lean_fresh = True
+    if owner is not None:
+        shape, memory_format = x.shape, memory_format_of(x)
+        Producer(
+            x, y, lambda x: conv.apply(x, weight, bias, scale, shift),
+            lambda grad: conv.input_gradient(grad, weight, scale, shape, memory_format),
+            flops=(x if conv.transposed else y).numel() * weight.numel() // weight.size(0),
+            owner=owner)
+    return y

@@ -1,0 +1,272 @@
+"""What lean functions share: when to build a graph, in which precision, where tensors come from."""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .precision import Precision
+
+# Torch 2.1 and 2.2 have some things otherwise.
+TORCH_BEFORE_2_3 = torch.__version__ < (2, 3)
+_is_compiling = torch._utils.is_compiling if TORCH_BEFORE_2_3 else torch.compiler.is_compiling
+
+
+class FrozenLayerError(RuntimeError):
+    """A lean layer is used in a way in which its gradients would be wrong."""
+
+
+class LeanState:
+    """What a lean layer knows besides its parameters. Lies in the layer's ``__dict__``, out of the
+    state dict.
+
+    Attributes:
+        name (str): The layer's dotted name.
+        recomputes (bool): Whether an activation behind it may have the backward pass apply it once
+            more.
+        rounds (bool): Whether its output may differ from the stock layer's by rounding.
+        pair (Pair, optional): The convolution and the norm that are computed as one.
+        sdpa (bool): Whether attention uses ``F.scaled_dot_product_attention``.
+        drops_weights (bool): Whether who calls it drops the attention's probabilities.
+        observer (Callable, optional): Told during a dry run of a :class:`Producer` and of the
+            bytes that it could save.
+    """
+    __slots__ = ('name', 'recomputes', 'rounds', 'pair', 'sdpa', 'drops_weights', 'observer')
+
+    def __init__(self, name: str = '') -> None:
+        self.name = name
+        self.recomputes = self.rounds = self.sdpa = self.drops_weights = False
+        self.pair = self.observer = None
+
+
+def is_recorded() -> bool:
+    """Whether ``torch.compile`` or a tracer records the operators instead of running them."""
+    return _is_compiling() or torch.jit.is_tracing()
+
+
+class _Calls(threading.local):
+    """What runs on this thread."""
+    networks = 0
+
+
+_calls = _Calls()
+
+
+def run_folded(network: Callable, *args, **kwargs):
+    """Runs a network with its norms folded into its convolutions, where they can be.
+
+    Args:
+        network (Callable): The network.
+        *args, **kwargs: Handed on to it.
+
+    Returns:
+        What the network returns.
+    """
+    if is_recorded():
+        return network(*args, **kwargs)
+    _calls.networks += 1
+    try:
+        return network(*args, **kwargs)
+    finally:
+        _calls.networks -= 1
+
+
+def is_running() -> bool:
+    """Whether :func:`run_folded` is at work on this thread, or autograd, which computes parts of a
+    network again for activation checkpointing. Elsewhere somebody calls a layer by itself."""
+    if _calls.networks:
+        return True
+    # Private; without it, parts that are computed again run unfolded, to the same result.
+    task = getattr(torch._C, '_current_graph_task_id', None)
+    return task is not None and task() != -1
+
+
+def builds_graph(*tensors: Tensor | None) -> bool:
+    """Whether a function of these tensors has to build an autograd graph of its own.
+
+    Args:
+        *tensors (Tensor, optional): Its inputs.
+    """
+    if not torch.is_grad_enabled() or is_recorded():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_frozen(*parameters: Tensor | None) -> None:
+    """Refuses parameters that would train: a lean function gives them no gradient.
+
+    Args:
+        *parameters (Tensor, optional): Parameters of a lean layer.
+
+    Raises:
+        FrozenLayerError: Gradient mode is on and one of them requires a gradient.
+    """
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
+        raise FrozenLayerError(
+            'a lean layer gives its own parameters no gradient, but requires_grad of one of them '
+            'was set to True after the model was built; name it in model.backbone.trainable '
+            'instead, or set model.backbone.lean=False')
+
+
+def unviewed(y: Tensor) -> Tensor:
+    """What a custom function may return: ``y`` with the same memory, no view as autograd sees it.
+
+    PyTorch lets nobody change a view in place that was made inside a custom function.
+
+    Args:
+        y (Tensor): A tensor whose base, if it is a view, nobody else holds.
+    """
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
+# --- where a tensor comes from ----------------------------------------------------------------
+
+
+class Replay:
+    """Computes a tensor again, without a graph and in the precision of the first time.
+
+    Args:
+        compute (Callable): Takes the source, returns the tensor.
+        precision (Precision): Of the first time.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], Tensor], precision: Precision) -> None:
+        self.compute, self.precision = compute, precision
+
+    def __call__(self, source: Tensor) -> Tensor:
+        with torch.no_grad(), self.precision():
+            return self.compute(source)
+
+
+class Origin:
+    """Notes on a tensor what it can be computed from again, where that is kept anyway.
+
+    A frozen LayerNorm keeps its input. It marks its output with that input, so that whoever needs
+    the output in the backward pass keeps the input too, at no cost, and normalises once more.
+
+    Args:
+        source (Tensor): What is kept.
+        result (Tensor): What is computed from it.
+        compute (Callable): How.
+    """
+
+    def __init__(self, source: Tensor, result: Tensor, compute: Callable[[Tensor], Tensor]) -> None:
+        self.source = source.detach()
+        self.replay = Replay(compute, Precision(source.device))
+        self._versions = source._version, result._version
+        result._lean_origin = self
+
+    @classmethod
+    def of(cls, result: Tensor) -> Origin | None:
+        """The origin of a tensor; None where it has none or was changed in place since."""
+        origin = getattr(result, '_lean_origin', None)
+        if origin is None or origin._versions != (origin.source._version, result._version):
+            return None
+        return origin
+
+
+class Kept:
+    """A tensor that the backward pass needs: the tensor itself is kept, or what it comes from.
+
+    Args:
+        tensor (Tensor): The tensor; it may be a view of one that has an :class:`Origin`.
+
+    Attributes:
+        source (Tensor, optional): What is kept; None once it has been taken.
+        is_free (bool): Whether another function keeps the same thing anyway.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.source: Tensor | None = tensor
+        self._replay: Replay | None = None
+        self._view: tuple | None = None
+        origin = Origin.of(tensor)
+        if origin is None and tensor._base is not None:
+            origin = Origin.of(tensor._base)
+            self._view = tensor.size(), tensor.stride(), tensor.storage_offset()
+        if origin is not None:
+            self.source, self._replay = origin.source, origin.replay
+
+    @property
+    def is_free(self) -> bool:
+        return self._replay is not None
+
+    def take(self) -> Tensor:
+        """What to hand to ``save_for_backward``; to be called once."""
+        source, self.source = self.source, None
+        return source
+
+    def __call__(self, source: Tensor) -> Tensor:
+        """The tensor, from what was saved."""
+        if self._replay is None:
+            return source
+        tensor = self._replay(source)
+        return tensor if self._view is None else tensor.as_strided(*self._view)
+
+
+class Producer:
+    """Notes on a tensor which frozen linear layer made it, and from what.
+
+    An activation that needs its input in the backward pass may then keep the layer's smaller input
+    and apply the layer once more. Layers in a row are one producer.
+
+    Args:
+        x (Tensor): Input of the layer, in the autograd graph.
+        result (Tensor): Its output.
+        compute (Callable): The layer.
+        input_gradient (Callable): Takes the gradient of its output, returns that of its input.
+        flops (int): Multiplications of one application.
+        owner (LeanState): The layer's.
+    """
+
+    def __init__(self, x: Tensor, result: Tensor, compute: Callable[[Tensor], Tensor],
+                 input_gradient: Callable[[Tensor], Tensor], flops: int, owner: LeanState) -> None:
+        before = Producer.of(x)
+        self.x, self.flops, self.owners = x, flops, (owner, )
+        self._computes, self._gradients = (compute, ), (input_gradient, )
+        if before is not None and before.x.nbytes < x.nbytes:
+            self.x, self.flops = before.x, before.flops + flops
+            self.owners = (*before.owners, owner)
+            self._computes = (*before._computes, compute)
+            self._gradients = (*before._gradients, input_gradient)
+        self._precision = Precision(x.device)
+        self._versions = self.x._version, result._version
+        result._lean_producer = self
+
+    @classmethod
+    def of(cls, result: Tensor) -> Producer | None:
+        """The producer of a tensor; None where it has none or was changed in place since."""
+        producer = getattr(result, '_lean_producer', None)
+        if producer is None or producer._versions != (producer.x._version, result._version):
+            return None
+        return producer
+
+    def tell(self, kept: Kept, result: Tensor) -> None:
+        """Tells the owner's observer what keeping ``x`` instead of ``result`` saves."""
+        observer = self.owners[-1].observer
+        if observer is not None:
+            observer(self, result.nbytes - (0 if kept.is_free else self.x.nbytes))
+
+    def replay(self) -> Replay:
+        """Computes the result from ``x`` again. Does not hold ``x``."""
+        computes = self._computes
+
+        def compute(x: Tensor) -> Tensor:
+            for layer in computes:
+                x = layer(x)
+            return x
+
+        return Replay(compute, self._precision)
+
+    def input_gradient(self) -> Callable[[Tensor], Tensor]:
+        """From the gradient of the result to that of ``x``. Does not hold ``x``."""
+        gradients = self._gradients
+
+        def gradient(grad: Tensor) -> Tensor:
+            for layer in reversed(gradients):
+                grad = layer(grad)
+            return grad
+
+        return gradient

@@ -1,0 +1,319 @@
+"""Lean layers: the same parameters, the same result, a backward pass that saves fewer tensors.
+
+A module becomes lean by a change of its class (:func:`~mmprotune.lean.table.swap`).
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .functional import activations
+from .graph import FrozenLayerError, LeanState, builds_graph
+from .precision import cast
+
+
+class LeanLayer:
+    """Base of the lean classes.
+
+    Attributes:
+        stock_class (type): The class that the module was built as.
+        lean (LeanState): What it knows besides its parameters.
+    """
+    stock_class: type
+    lean: LeanState
+
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        """Whether this very module can be lean."""
+        return True
+
+    def __reduce_ex__(self, protocol):
+        # The lean classes are made on demand, so that pickles name the two that they are made of.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_rebuild, type(self).__bases__, *state)
+
+    def _owner(self) -> LeanState | None:
+        return self.lean if self.lean.recomputes else None
+
+    def _trains(self) -> bool:
+        """Whether a parameter of its own has to get a gradient: somebody set ``requires_grad``
+        later, or put another one in its place, as tools that fuse norms do."""
+        return torch.is_grad_enabled() and any(
+            p is not None and p.requires_grad for p in self._parameters.values())
+
+    def _stock(self, x: Tensor, *args):
+        """What the stock layer computes, gradients of its parameters included. Weights that are
+        stored in a lower precision are converted."""
+        own = dict(self.named_parameters())
+        converted = {n: cast(p, x) for n, p in own.items()}
+        same = all(converted[n] is p for n, p in own.items())
+        return self.stock_class.forward(self if same else stand_in(self, converted), x, *args)
+
+
+def stand_in(module: nn.Module, parameters: Mapping[str, Tensor], prefix: str = '') -> nn.Module:
+    """A module that computes with other tensors in place of its parameters. The module itself stays
+    as it is meanwhile, for other threads.
+
+    Args:
+        module (nn.Module): The module.
+        parameters (Mapping[str, Tensor]): Tensors by dotted name; the rest are the module's own.
+        prefix (str): What their names begin with. Defaults to ''.
+    """
+    other = module.__new__(type(module))
+    other.__dict__.update(
+        module.__dict__,
+        _parameters={n: parameters.get(prefix + n, p) for n, p in module._parameters.items()},
+        _modules={n: None if child is None else stand_in(child, parameters, f'{prefix}{n}.')
+                  for n, child in module._modules.items()})
+    return other
+
+
+_classes: dict[tuple[type, type], type] = {}
+
+
+def lean_class(lean: type, stock: type) -> type:
+    """The class of the layers that were built as one class and are lean by another.
+
+    Args:
+        lean (type): A subclass of :class:`LeanLayer`.
+        stock (type): The class that they were built as.
+    """
+    key = lean, stock
+    if key not in _classes:
+        # Under the stock name, which messages and some hosts read. Should two threads come here at
+        # once, both get the same class.
+        _classes.setdefault(key, type(stock.__name__, (lean, stock), dict(
+            stock_class=stock, __module__=__name__, __qualname__=f'Lean{stock.__name__}',
+            __doc__=f'{stock.__qualname__}, lean.')))
+    return _classes[key]
+
+
+def _rebuild(lean: type, stock: type) -> nn.Module:
+    """An empty lean module, for unpickling and copying."""
+    cls = lean_class(lean, stock)
+    return cls.__new__(cls)
+
+
+def _has_weight(module: nn.Module) -> bool:
+    """Whether the weight is a parameter of the module itself, not computed by a hook."""
+    return module._parameters.get('weight') is not None
+
+
+# --- layers with weights ----------------------------------------------------------------------
+
+
+class Conv(LeanLayer):
+
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        own = getattr(type(module), '_conv_forward', None)
+        stock = {getattr(c, '_conv_forward', None) for c in (
+            nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.conv._ConvNd)}  # transposed: the base's
+        return _has_weight(module) and (own is None or own in stock)
+
+    def _settings(self, x: Tensor, output_size) -> functional.Convolution:
+        if self.padding_mode != 'zeros':
+            padding, pad = [0] * len(self.stride), self._reversed_padding_repeated_twice
+        elif isinstance(self.padding, str):
+            # 'same': an odd total goes to the end of the dimension.
+            total = [0 if self.padding == 'valid' else d * (k - 1)
+                     for d, k in zip(self.dilation, self.kernel_size)]
+            padding = [t // 2 for t in total]
+            pad = [n for t in reversed(total) for n in (0, t % 2)]
+        else:
+            padding, pad = self.padding, None
+        mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
+        return functional.Convolution(
+            self.stride, padding, self.dilation, self.groups, pad=pad, pad_mode=mode)
+
+    def forward(self, x: Tensor, output_size=None) -> Tensor:
+        if self._trains():
+            return self._stock(x, *(() if output_size is None else (output_size, )))
+        conv = self._settings(x, output_size)
+        pair = self.lean.pair
+        if pair is None or not pair.is_active():
+            return functional.convolution(x, self.weight, self.bias, conv, owner=self._owner())
+        y = functional.convolution(
+            x, self.weight, self.bias, conv, *pair.affine(), owner=self._owner())
+        y._lean_normed_by = pair
+        return y
+
+
+class ConvTranspose(Conv):
+
+    def _settings(self, x: Tensor, output_size) -> functional.Convolution:
+        output_padding = self._output_padding(x, output_size, self.stride, self.padding,
+                                              self.kernel_size, len(self.stride), self.dilation)
+        return functional.Convolution(
+            self.stride, self.padding, self.dilation, self.groups, True, output_padding)
+
+
+class Linear(LeanLayer):
+
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        return _has_weight(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._trains():
+            return self._stock(x)
+        return functional.linear(x, self.weight, self.bias, self._owner(), self.lean.rounds)
+
+
+class BatchNorm(LeanLayer):
+
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        return module.track_running_stats and module.running_var is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise FrozenLayerError(
+                f'{self.lean.name}: a lean {self.stock_class.__name__} is frozen, its statistics '
+                'too, but is in training mode; call eval() on it, or set lean=False')
+        pair = self.lean.pair
+        if pair is not None and getattr(x, '_lean_normed_by', None) is pair:
+            del x._lean_normed_by
+            return x
+        if pair is not None and pair.is_active():
+            raise FrozenLayerError(
+                f'{self.lean.name}: expected the output of {pair.conv.lean.name} as it is, '
+                'got another tensor; set lean=dict(fold=False)')
+        if self._trains():
+            return self._stock(x)
+        self._check_input_dim(x)
+        return functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+
+
+class LayerNorm(LeanLayer):
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._trains():
+            return self._stock(x)
+        return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class LayerNorm2d(LeanLayer):
+    """mmpretrain's, over the channels of (N, C, H, W) or (N, H, W, C)."""
+
+    def forward(self, x: Tensor, data_format: str = 'channel_first') -> Tensor:
+        known = x.dim() == 4 and data_format in ('channel_first', 'channel_last')
+        if not known or self._trains():
+            return self._stock(x, data_format)
+        settings = self.normalized_shape, self.weight, self.bias, self.eps
+        if data_format == 'channel_last':
+            return functional.layer_norm(x, *settings)
+        y = functional.layer_norm(x.permute(0, 2, 3, 1), *settings)
+        return y.permute(0, 3, 1, 2).contiguous()
+
+
+class GroupNorm(LeanLayer):
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._trains():
+            return self._stock(x)
+        return functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+# --- layers without weights -------------------------------------------------------------------
+
+
+class ReLU(LeanLayer):
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(x, self.inplace)
+
+
+class Hardtanh(LeanLayer):
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.hardtanh(x, self.min_val, self.max_val, self.inplace)
+
+
+class LeakyReLU(LeanLayer):
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.leaky_relu(x, self.negative_slope, self.inplace)
+
+
+class Hardsigmoid(LeanLayer):
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.hardsigmoid(x, self.inplace)
+
+
+class Sigmoid(LeanLayer):
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.sigmoid(x)
+
+
+class Tanh(LeanLayer):
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.tanh(x)
+
+
+class Smooth(LeanLayer):
+    act: activations.Smooth
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not builds_graph(x):
+            return super().forward(x)
+        return functional.activation(x, self.act)
+
+
+class GELU(Smooth):
+
+    @property
+    def act(self) -> activations.Smooth:
+        tanh = getattr(self, 'approximate', 'none') == 'tanh'
+        return activations.GELU_TANH if tanh else activations.GELU
+
+
+class SiLU(Smooth):
+    act = activations.SILU
+
+
+class Hardswish(Smooth):
+    act = activations.HARDSWISH
+
+
+class Mish(Smooth):
+    act = activations.MISH
+
+
+class Swish(Smooth):
+    act = activations.SWISH
+
+
+class MaxPool2d(LeanLayer):
+
+    def forward(self, x: Tensor):
+        if self.return_indices:
+            return super().forward(x)
+        return functional.max_pool2d(
+            x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+
+
+class AvgPool2d(LeanLayer):
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.avg_pool2d(x, self.kernel_size, self.stride, self.padding, self.ceil_mode,
+                               self.count_include_pad, self.divisor_override)
+
+
+class AdaptiveAvgPool2d(LeanLayer):
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.adaptive_avg_pool2d(x, self.output_size)
+
+
+class Unfold(LeanLayer):
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)

@@ -1,0 +1,63 @@
+"""In which precision lean functions compute: autocast, and weights stored in a lower one."""
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+class Precision:
+    """The autocast state of a forward pass, to compute something again in the same dtypes.
+
+    Args:
+        device (torch.device): Device of the computation.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device_type = device.type
+        self.enabled, self.dtype = _autocast_state(device.type)
+
+    def __call__(self) -> contextlib.AbstractContextManager:
+        return _autocast(self.device_type, self.enabled, self.dtype)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Switches autocast off on the device of ``x``: gradients keep the dtypes they come in."""
+    return _autocast(x.device.type, False, None)
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return _autocast_state(device_type)[0]
+
+
+def _autocast(device_type: str, enabled: bool, dtype: torch.dtype | None):
+    if not enabled and not _autocast_state(device_type)[0]:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+def _autocast_state(device_type: str) -> tuple[bool, torch.dtype | None]:
+    try:
+        enabled = torch.is_autocast_enabled(device_type)
+        return enabled, torch.get_autocast_dtype(device_type) if enabled else None
+    except (TypeError, AttributeError):  # torch < 2.4: one function a device
+        if device_type == 'cpu':
+            return torch.is_autocast_cpu_enabled(), torch.get_autocast_cpu_dtype()
+        return torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()
+
+
+def cast(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    """A weight that is stored in a lower precision than ``x``, in the dtype of ``x``.
+
+    Under autocast, and in every other case, the weight itself.
+
+    Args:
+        weight (Tensor, optional): A frozen parameter.
+        x (Tensor): What it is applied to.
+    """
+    if (weight is None or weight.element_size() >= x.element_size()
+            or _autocast_state(x.device.type)[0]):
+        return weight
+    return weight.to(x.dtype)

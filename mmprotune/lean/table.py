@@ -1,0 +1,95 @@
+"""Which stock layer has which lean one, by the class whose ``forward`` it runs.
+
+A subclass with a ``forward`` of its own has none. Hosts are named, not imported.
+"""
+from __future__ import annotations
+
+from torch import nn
+
+from . import attention_layers, layers
+from .graph import LeanState
+
+_NN = 'torch.nn.modules.'
+_MMCV = 'mmcv.cnn.bricks.wrappers.'
+_TABLE = {
+    **{f'{_NN}conv.Conv{n}d': layers.Conv for n in (1, 2, 3)},
+    **{f'{_NN}conv.ConvTranspose{n}d': layers.ConvTranspose for n in (1, 2, 3)},
+    **{f'{_MMCV}Conv{n}d': layers.Conv for n in (2, 3)},
+    **{f'{_MMCV}ConvTranspose{n}d': layers.ConvTranspose for n in (2, 3)},
+    f'{_NN}linear.Linear': layers.Linear,
+    f'{_MMCV}Linear': layers.Linear,
+    f'{_NN}batchnorm._BatchNorm': layers.BatchNorm,
+    f'{_NN}batchnorm.SyncBatchNorm': layers.BatchNorm,
+    f'{_NN}normalization.LayerNorm': layers.LayerNorm,
+    f'{_NN}normalization.GroupNorm': layers.GroupNorm,
+    'mmpretrain.models.utils.norm.LayerNorm2d': layers.LayerNorm2d,
+    f'{_NN}activation.ReLU': layers.ReLU,
+    f'{_NN}activation.Hardtanh': layers.Hardtanh,
+    f'{_NN}activation.LeakyReLU': layers.LeakyReLU,
+    f'{_NN}activation.Hardsigmoid': layers.Hardsigmoid,
+    f'{_NN}activation.Sigmoid': layers.Sigmoid,
+    f'{_NN}activation.Tanh': layers.Tanh,
+    f'{_NN}activation.GELU': layers.GELU,
+    f'{_NN}activation.SiLU': layers.SiLU,
+    f'{_NN}activation.Hardswish': layers.Hardswish,
+    f'{_NN}activation.Mish': layers.Mish,
+    'mmcv.cnn.bricks.swish.Swish': layers.Swish,
+    f'{_NN}pooling.MaxPool2d': layers.MaxPool2d,
+    f'{_MMCV}MaxPool2d': layers.MaxPool2d,
+    f'{_NN}pooling.AvgPool2d': layers.AvgPool2d,
+    f'{_NN}pooling.AdaptiveAvgPool2d': layers.AdaptiveAvgPool2d,
+    f'{_NN}fold.Unfold': layers.Unfold,
+    f'{_NN}activation.MultiheadAttention': attention_layers.MultiheadAttention,
+    'mmdet.models.backbones.swin.WindowMSA': attention_layers.WindowMSA,
+    'mmseg.models.backbones.swin.WindowMSA': attention_layers.WindowMSA,
+    'mmpretrain.models.utils.attention.WindowMSA': attention_layers.WindowMSA,
+    'mmdet.models.backbones.swin.ShiftWindowMSA': attention_layers.ShiftWindowMSA,
+    'mmseg.models.backbones.swin.ShiftWindowMSA': attention_layers.ShiftWindowMSA,
+}
+# Modules that use the first of what their nn.MultiheadAttention returns, and drop the second.
+DROPS_WEIGHTS = frozenset((
+    'mmcv.cnn.bricks.transformer.MultiheadAttention',
+    'mmseg.models.backbones.mit.EfficientMultiheadAttention',
+    'mmdet.models.backbones.pvt.SpatialReductionAttention',
+))
+ATTENTION = (attention_layers.MultiheadAttention, attention_layers.WindowMSA)
+STORES_WEIGHTS = (layers.Conv, layers.Linear, attention_layers.MultiheadAttention)
+STOCK_STORES_WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
+
+
+def forward_name(module: nn.Module) -> str:
+    """Qualified name of the class whose ``forward`` the module runs."""
+    owner = next(c for c in type(module).__mro__ if 'forward' in vars(c))
+    return f'{owner.__module__}.{owner.__qualname__}'
+
+
+def lean_type(module: nn.Module) -> type | None:
+    """The lean layer for a module.
+
+    Args:
+        module (nn.Module): A stock module.
+
+    Returns:
+        type, optional: A subclass of :class:`~mmprotune.lean.layers.LeanLayer`; None where the
+        layer is not known, or is used in a way that is not (a ``forward`` of its own, a computed
+        weight).
+    """
+    lean = _TABLE.get(forward_name(module))
+    known = lean is not None and 'forward' not in module.__dict__ and lean.suits(module)
+    return lean if known else None
+
+
+def swap(module: nn.Module, lean: type, name: str = '') -> LeanState:
+    """Makes a module lean, in place.
+
+    Args:
+        module (nn.Module): A stock module.
+        lean (type): What :func:`lean_type` returned for it.
+        name (str): Its dotted name. Defaults to ''.
+
+    Returns:
+        LeanState: Its state, with nothing switched on.
+    """
+    module.__class__ = layers.lean_class(lean, type(module))
+    module.__dict__['lean'] = state = LeanState(name)
+    return state

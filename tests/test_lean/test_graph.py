@@ -1,0 +1,37 @@
+import gc
+import weakref
+
+import pytest
+import torch
+
+from mmprotune.lean import functional as lean
+from mmprotune.lean.functional import activations
+from mmprotune.lean.graph import LeanState, Origin
+from tests.test_lean.functions import draw
+
+
+def test_a_changed_tensor_has_no_origin():
+    x = draw(2, 4).requires_grad_()
+    y = lean.layer_norm(x, (4, ))
+    assert Origin.of(y) is not None
+    y.add_(1)
+    assert Origin.of(y) is None
+
+
+@pytest.mark.parametrize('name', ['convolution', 'activation', 'attention'])
+def test_outputs_hold_nothing_once_the_graph_is_gone(name):
+    """What a function notes on its output must not keep the input's memory alive for ever."""
+    x = draw(2, 4, 8, dtype=torch.float32).requires_grad_()
+    hidden = x * 2
+    matrix = draw(24, 8, dtype=torch.float32)
+    y = lean.linear(hidden, matrix, None, LeanState())
+    if name == 'activation':
+        y = lean.activation(y, activations.GELU)
+    elif name == 'attention':
+        y = lean.packed_attention(y, 2, 1.)
+    gone = weakref.ref(hidden)
+    del hidden
+    y.sum().backward()
+    del y
+    gc.collect()
+    assert gone() is None
