@@ -573,7 +573,7 @@ _TWINS = {
     'mmpretrain.models.utils.attention.WindowMSA': _WindowMSA,
     'mmdet.models.backbones.swin.ShiftWindowMSA': _ShiftWindowMSA,
     'mmseg.models.backbones.swin.ShiftWindowMSA': _ShiftWindowMSA,
-    'mmprotune.models.prompt_block.PromptBlock': _PromptBlock,
+    'mmprotune.models.prompts.prompt_block.PromptBlock': _PromptBlock,
 }
 # Modules that use the first of what their nn.MultiheadAttention returns, and drop the second.
 DROPS_WEIGHTS = frozenset((

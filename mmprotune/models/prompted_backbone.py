@@ -40,9 +40,9 @@ from mmprotune.registry import MODELS
 
 from . import calls
 from .identity import PROJECTIONS, difference, pack, pinned, summary
+from .insertion import Stage, find_stages
 from .layout import token_grid
 from .pretrained import Built, PretrainedFileError, build_backbone
-from .stages import Stage, find_stages
 
 
 class _Tap:

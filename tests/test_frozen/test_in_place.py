@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mmprotune.frozen import activations, twins
 from mmprotune.frozen import functional as lean
-from mmprotune.models.prompt_block import PromptBlock
+from mmprotune.models.prompts.prompt_block import PromptBlock
 
 
 def change_a_part(y):
@@ -252,7 +252,7 @@ LAYERS = {
     'mmpretrain.models.utils.attention.WindowMSA': (6, ),
     'mmdet.models.backbones.swin.ShiftWindowMSA': (6, ),
     'mmseg.models.backbones.swin.ShiftWindowMSA': (6, ),
-    'mmprotune.models.prompt_block.PromptBlock': (lambda: PromptBlock(3, 1, zero_init=False), (),
+    'mmprotune.models.prompts.prompt_block.PromptBlock': (lambda: PromptBlock(3, 1, zero_init=False), (),
                                                   MAPS[:1]),
 }
 

@@ -9,8 +9,8 @@ from mmprotune import checkpoint
 from mmprotune.checkpoint import FunctionMismatch, full_state_dict
 from mmprotune.models.identity import difference, pack, summary
 from tests.conftest import RESNET18, build, wake
+from tests.test_models.test_insertion import SWIN
 from tests.test_models.test_layouts import VIT
-from tests.test_models.test_stages import SWIN
 
 PROMPT = dict(type='mmprotune.PromptBlock')
 # Else the residual branches of random networks return zeros.

@@ -9,7 +9,7 @@ from torch import nn
 
 from mmprotune.models import calls
 from tests.conftest import RESNET18, build, wake
-from tests.test_models.test_stages import SWIN
+from tests.test_models.test_insertion import SWIN
 
 VIT = dict(type='mmseg.VisionTransformer', img_size=(64, 64), patch_size=16, embed_dims=32,
            num_layers=4, num_heads=2, out_indices=(0, 1, 3), with_cls_token=True, final_norm=False)

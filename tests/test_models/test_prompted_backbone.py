@@ -17,7 +17,7 @@ from mmprotune.frozen.dry_run import tensors_in
 from mmprotune.models.prompted_backbone import PretrainedFileError
 from tests.classification import classification_scope, classifier_cfg
 from tests.conftest import RESNET18, build, wake
-from tests.test_models.test_stages import SWIN
+from tests.test_models.test_insertion import SWIN
 
 
 @ROOT_MODELS.register_module(force=True)

@@ -1,0 +1,3 @@
+from .prompt_block import PromptBlock
+
+__all__ = ['PromptBlock']
