@@ -15,7 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from mmprotune.frozen.dry_run import image_shapes, noise, tensors_in, undisturbed
+
+from . import calls
+
 PROJECTIONS = 8
+# Two summaries, without and with prompts.
+PACKED_BYTES = 2 * 4 * (PROJECTIONS + 1)
 _ROWS = 4093
 
 
@@ -98,6 +104,38 @@ def pinned(module: nn.Module, frozen: Iterable[str],
     finally:
         for tensor, data in before:
             tensor.data = data
+
+
+def function_of(owner: nn.Module, frozen: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Summarises what a prompted backbone returns for a small image, without prompts and with them,
+    where everything that trains has fixed values.
+
+    Args:
+        owner (nn.Module): The prompted backbone.
+        frozen (Mapping[str, Tensor], optional): Other values for the frozen tensors, by dotted
+            name in ``owner.backbone``. Defaults to None.
+
+    Returns:
+        Tensor: uint8 of shape (PACKED_BYTES, ); zeros where it runs at no usual image size.
+    """
+    tensors = {f'backbone.{name}': value for name, value in (frozen or {}).items()}
+    dtypes = [p.dtype for p in owner.parameters() if p.is_floating_point()]
+    # Weights that are stored in 16 bits compute in the precision of their input.
+    dtype = torch.float32 if torch.float32 in dtypes else next(iter(dtypes), torch.float32)
+    found = []
+    with pinned(owner, [f'backbone.{name}' for name in owner.frozen_names], tensors), \
+            undisturbed(owner), torch.inference_mode(False), torch.no_grad():
+        for shape in image_shapes(owner.backbone):
+            try:
+                for plain in (True, False):
+                    torch.manual_seed(0)
+                    images = noise(owner.backbone, shape, 2).to(dtype)
+                    with calls.opened(owner, calls.Call(shape[1:], plain)):
+                        found.append(summary(tensors_in(owner.backbone(images))))
+                return pack(found)
+            except Exception:  # whatever it is: not at this size
+                found.clear()
+    return torch.zeros(PACKED_BYTES, dtype=torch.uint8)
 
 
 def _fixed_values(name: str, like: Tensor) -> Tensor:

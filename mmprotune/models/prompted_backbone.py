@@ -15,7 +15,6 @@ from mmengine.config import ConfigDict
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mmprotune.checkpoint import check_incoming
 from mmprotune.frozen import (
@@ -25,7 +24,7 @@ from mmprotune.frozen import (
     frozen_tensors,
     keep_frozen_in_eval,
 )
-from mmprotune.frozen.dry_run import image_shapes, noise, tensors_in, undisturbed
+from mmprotune.frozen.dry_run import tensors_in
 from mmprotune.frozen.fingerprint import identity
 from mmprotune.frozen.kernels import run_channels_last
 from mmprotune.frozen.lean import (
@@ -39,10 +38,11 @@ from mmprotune.frozen.origin import is_recorded, run_folded
 from mmprotune.registry import MODELS
 
 from . import calls
-from .identity import PROJECTIONS, difference, pack, pinned, summary
+from .identity import PACKED_BYTES, difference, function_of
 from .insertion import Stage, find_stages
-from .layout import token_grid
+from .layout import as_map
 from .pretrained import Built, PretrainedFileError, build_backbone
+from .trace import returns_more_in_training
 
 
 class _Tap:
@@ -142,48 +142,25 @@ class PromptedBackbone(BaseModule):
                  init_cfg: dict | None = None,
                  frozen_from: str | None = None) -> None:
         super().__init__()
-        _check_choice('freeze', freeze, ('pretrained', 'all'))
-        _check_choice('last_stage', last_stage, ('residual', 'serial', 'none'))
-        options = LeanOptions.parse(lean)
-        _check_choice('backbone_dtype', backbone_dtype, (None, *STORAGE_DTYPES))
-        if backbone_dtype is not None and options is None:
-            raise ValueError(f'backbone_dtype={backbone_dtype!r} needs lean layers, but lean=False')
-        if isinstance(trainable, str) or not all(isinstance(t, str) for t in trainable):
-            raise TypeError(f'trainable must be a list of regular expressions, got {trainable!r}')
-        if prompt is not None and (not isinstance(prompt, dict) or 'type' not in prompt):
-            raise TypeError(f'prompt must be None or a dict with the key "type", got {prompt!r}')
-        if not isinstance(backbone, dict) or 'type' not in backbone:
-            raise TypeError(f'backbone must be a dict with the key "type", got {backbone!r}')
+        _check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean)
         self.freeze = freeze
         self.trainable = tuple(trainable)
         self.last_stage = last_stage
         self.lean = lean
         self.frozen_from = frozen_from
-        built = build_backbone(
-            ConfigDict(copy.deepcopy(backbone)), pretrained, init_cfg, frozen_from)
-        if built.source is None and freeze == 'pretrained':
-            raise PretrainedFileError(
-                f"freeze='pretrained' needs a pre-trained file, but backbone {backbone['type']!r} "
-                "names none (backbone.init_cfg=dict(type='Pretrained', checkpoint=…), on the "
-                "wrapped backbone: inferencers delete the wrapper's own); freeze='all' freezes the "
-                'backbone as it is, for a full checkpoint to fill it')
-        self.backbone = built.module
-        self.frozen_source = built.source
-        self._missing = built.missing
-        self.root_has_mode = False
-        self._freeze_backbone(built)
+        self._take_backbone(build_backbone(
+            ConfigDict(copy.deepcopy(backbone)), pretrained, init_cfg, frozen_from))
         self.stages: list[Stage] = []
         self.prompts = nn.ModuleDict()
         if prompt is not None:
             self._add_prompts(dict(prompt), stages)
-        self.register_buffer('frozen_function', torch.zeros(
-            2 * 4 * (PROJECTIONS + 1), dtype=torch.uint8))
+        self.register_buffer('frozen_function', torch.zeros(PACKED_BYTES, dtype=torch.uint8))
         self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
         self.frozen_function.copy_(self.function_of())
-        self.root_has_mode = self._returns_more_in_training()
+        self.root_has_mode = returns_more_in_training(self)
         self.lean_report = LeanReport()
-        if options is not None:
-            self._make_lean(options, backbone_dtype)
+        if lean is not False:
+            self._make_lean(LeanOptions.parse(lean), backbone_dtype)
         self.refresh_fingerprint()
         self._register_state_dict_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_after_load)
@@ -191,7 +168,18 @@ class PromptedBackbone(BaseModule):
 
     # --- construction -------------------------------------------------------------------------
 
-    def _freeze_backbone(self, built: Built) -> None:
+    def _take_backbone(self, built: Built) -> None:
+        """Holds the backbone, and freezes what it came with."""
+        if built.source is None and self.freeze == 'pretrained':
+            raise PretrainedFileError(
+                f"freeze='pretrained' needs a pre-trained file, but {type(built.module).__name__} "
+                "names none (backbone.init_cfg=dict(type='Pretrained', checkpoint=…), on the "
+                "wrapped backbone: inferencers delete the wrapper's own); freeze='all' freezes the "
+                'backbone as it is, for a full checkpoint to fill it')
+        self.backbone = built.module
+        self.frozen_source = built.source
+        self._missing = built.missing
+        self.root_has_mode = False
         keep = []
         if self.freeze == 'pretrained' and built.missing is None:
             keep = [n for n, _ in self.backbone.named_parameters() if n not in (built.filled or ())]
@@ -209,6 +197,7 @@ class PromptedBackbone(BaseModule):
                       logger='current', level=logging.WARNING)
 
     def _add_prompts(self, prompt: dict, stages: str | Sequence[str]) -> None:
+        """Builds a block for every stage, and hooks it behind the module that ends the stage."""
         found, remarks = find_stages(self.backbone, stages)
         for remark in remarks:
             print_log(remark, logger='current', level=logging.WARNING)
@@ -267,14 +256,9 @@ class PromptedBackbone(BaseModule):
                     x.requires_grad or any(p.requires_grad for p in self.parameters())):
                 return run_channels_last(self.backbone, x, *args, **kwargs)
             outputs = run_folded(self.backbone, x, *args, **kwargs)
-        if self._has_tokens and not is_recorded():
+        if not is_recorded():
             calls.keep_with_graph(self, call, tensors_in(outputs))
         return outputs
-
-    @property
-    def _has_tokens(self) -> bool:
-        """Whether a prompt has to know the size of the images."""
-        return any(stage.layout.kind == 'NLC' for stage in self.stages)
 
     @property
     def lacks_weights(self) -> bool:
@@ -304,7 +288,8 @@ class PromptedBackbone(BaseModule):
         call = calls.current(self)
         if call is not None and call.plain:
             return x
-        to_map, from_map = self._as_map(stage, x, (*args, *(kwargs or {}).values()))
+        to_map, from_map = as_map(stage.layout, x, (*args, *(kwargs or {}).values()),
+                                  partial(calls.grid_of, self, stage, x))
         block, note = self.prompts[stage.name], None
         if call is not None and call.norms is not None:
             note = partial(_note_norms, call.norms, stage.name)
@@ -320,48 +305,6 @@ class PromptedBackbone(BaseModule):
             return x + prompt
         extra = stage.layout.extra_tokens  # which have no prompt to be replaced by
         return torch.cat((x[:, :extra], prompt[:, extra:]), dim=1) if extra else prompt
-
-    def _as_map(self, stage: Stage, x: Tensor, arguments: tuple):
-        """The way from the feature to (N, C, H, W), and the way back for the prompt."""
-        layout = stage.layout
-        if layout.kind == 'NCHW':
-            return _unchanged, _unchanged
-        if layout.kind == 'NHWC':
-            return _channels_first, _channels_last
-        extra = layout.extra_tokens
-        grid = next((a for a in arguments if isinstance(a, (tuple, list)) and len(a) == 2
-                     and all(isinstance(n, int) for n in a) and a[0] * a[1] == x.size(1) - extra),
-                    None)
-        if grid is None:
-            grid = self._grid_of(stage, x)
-
-        def to_map(x: Tensor) -> Tensor:
-            return x[:, extra:].transpose(1, 2).reshape(x.size(0), x.size(2), *grid)
-
-        def from_map(prompt: Tensor) -> Tensor:
-            tokens = prompt.flatten(2).transpose(1, 2)
-            return F.pad(tokens, (0, 0, extra, 0)) if extra else tokens
-
-        return to_map, from_map
-
-    def _grid_of(self, stage: Stage, x: Tensor) -> tuple[int, int]:
-        """Height and width of the grid behind the tokens of a stage."""
-        extra, stride = stage.layout.extra_tokens, stage.layout.stride
-        images = calls.images(self)
-        grids = {token_grid(x.size(1), image, stride, extra) for image in images} - {None}
-        if len(grids) == 1:
-            return grids.pop()
-        where = f'{type(self.backbone).__name__}.{stage.path}'
-        if grids:
-            raise ValueError(
-                f'{where}: {x.size(1)} tokens may be a grid of any of {sorted(grids)}: layers are '
-                'run again for the backward pass while graphs of images of several sizes are alive;'
-                ' switch activation checkpointing off (backbone.with_cp=False), or call backward '
-                'before the next forward')
-        raise ValueError(
-            f'{where}: {x.size(1)} tokens with {extra} extra ones fit no grid of stride '
-            f'{stride:g} on images of {images or "unknown size"}; the feature has shape '
-            f'{tuple(x.shape)}')
 
     @contextlib.contextmanager
     def record_norms(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
@@ -383,23 +326,6 @@ class PromptedBackbone(BaseModule):
         if self.root_has_mode:
             self.backbone.training = mode
         return self
-
-    def _returns_more_in_training(self) -> bool:
-        """Whether the backbone itself, not a layer of it, returns other outputs in training."""
-        forward = getattr(type(self.backbone).forward, '__code__', None)
-        if 'training' not in getattr(forward, 'co_names', ()):
-            return False
-        counts = {}
-        for mode in (False, True):
-            with undisturbed(self), torch.no_grad():
-                self.backbone.training = mode
-                for shape in image_shapes(self.backbone):
-                    with contextlib.suppress(Exception), \
-                            calls.opened(self, calls.Call(shape[1:], plain=True)):
-                        images = noise(self.backbone, shape, 2)
-                        counts[mode] = len(list(tensors_in(self.backbone(images))))
-                        break
-        return len(set(counts.values())) == 2
 
     def init_weights(self) -> None:
         """Draws the prompts' weights anew. The backbone has had its weights since construction.
@@ -459,24 +385,7 @@ class PromptedBackbone(BaseModule):
         Returns:
             Tensor: As ``frozen_function``.
         """
-        tensors = {f'backbone.{name}': value for name, value in (frozen or {}).items()}
-        dtypes = [p.dtype for p in self.parameters() if p.is_floating_point()]
-        # Weights that are stored in 16 bits compute in the precision of their input.
-        dtype = torch.float32 if torch.float32 in dtypes else next(iter(dtypes), torch.float32)
-        found = []
-        with pinned(self, [f'backbone.{name}' for name in self.frozen_names], tensors), \
-                undisturbed(self), torch.inference_mode(False), torch.no_grad():
-            for shape in image_shapes(self.backbone):
-                try:
-                    for plain in (True, False):
-                        torch.manual_seed(0)
-                        images = noise(self.backbone, shape, 2).to(dtype)
-                        with calls.opened(self, calls.Call(shape[1:], plain)):
-                            found.append(summary(tensors_in(self.backbone(images))))
-                    return pack(found)
-                except Exception:  # whatever it is: not at this size
-                    found.clear()
-        return torch.zeros_like(self.frozen_function)
+        return function_of(self, frozen)
 
     @staticmethod
     def function_distance(first: Tensor, second: Tensor) -> tuple[float, float]:
@@ -499,18 +408,6 @@ class PromptedBackbone(BaseModule):
             return getattr(inner, name)
 
 
-def _unchanged(x: Tensor) -> Tensor:
-    return x
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
-
-
 def _note_norms(norms: dict, name: str, prompt: Tensor, feature: Tensor) -> None:
     norms[name] = prompt.detach().float().norm(), feature.detach().float().norm()
 
@@ -531,6 +428,17 @@ def _after_load(module: PromptedBackbone, incompatible) -> None:
         expected.verify(module)
 
 
-def _check_choice(key: str, value, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f'{key} must be one of {choices}, got {value!r}')
+def _check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean) -> None:
+    for key, value, choices in (('freeze', freeze, ('pretrained', 'all')),
+                                ('last_stage', last_stage, ('residual', 'serial', 'none')),
+                                ('backbone_dtype', backbone_dtype, (None, *STORAGE_DTYPES))):
+        if value not in choices:
+            raise ValueError(f'{key} must be one of {choices}, got {value!r}')
+    if LeanOptions.parse(lean) is None and backbone_dtype is not None:
+        raise ValueError(f'backbone_dtype={backbone_dtype!r} needs lean layers, but lean=False')
+    if isinstance(trainable, str) or not all(isinstance(t, str) for t in trainable):
+        raise TypeError(f'trainable must be a list of regular expressions, got {trainable!r}')
+    if prompt is not None and (not isinstance(prompt, dict) or 'type' not in prompt):
+        raise TypeError(f'prompt must be None or a dict with the key "type", got {prompt!r}')
+    if not isinstance(backbone, dict) or 'type' not in backbone:
+        raise TypeError(f'backbone must be a dict with the key "type", got {backbone!r}')

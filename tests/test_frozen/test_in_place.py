@@ -252,8 +252,8 @@ LAYERS = {
     'mmpretrain.models.utils.attention.WindowMSA': (6, ),
     'mmdet.models.backbones.swin.ShiftWindowMSA': (6, ),
     'mmseg.models.backbones.swin.ShiftWindowMSA': (6, ),
-    'mmprotune.models.prompts.prompt_block.PromptBlock': (lambda: PromptBlock(3, 1, zero_init=False), (),
-                                                  MAPS[:1]),
+    'mmprotune.models.prompts.prompt_block.PromptBlock': (
+        lambda: PromptBlock(3, 1, zero_init=False), (), MAPS[:1]),
 }
 
 
