@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from mmprotune.frozen.origin import is_running
+
 from .layout import token_grid
 
 if TYPE_CHECKING:
@@ -71,6 +73,25 @@ def images(owner: nn.Module) -> list[tuple[int, int]]:
     if call is not None and call.image is not None:
         return [call.image]
     return sorted({c.image for c in _in_graphs.get(owner, ()) if c.image is not None})
+
+
+def is_plain(owner: nn.Module) -> bool:
+    """Whether a module's layers run without prompts now: as the current call says; while a backward
+    pass runs layers again, as those calls do whose graph is alive.
+
+    Raises:
+        ValueError: Some of those have prompts and some have not.
+    """
+    call = current(owner)
+    if call is not None:
+        return call.plain
+    kinds = {c.plain for c in _in_graphs.get(owner, ())} if is_running() else set()
+    if len(kinds) == 2:
+        raise ValueError(
+            f'{type(owner.backbone).__name__}: layers are run again for the backward pass while '
+            'graphs with prompts and without are alive; switch activation checkpointing off '
+            '(backbone.with_cp=False), or call backward before the next forward')
+    return kinds == {True}
 
 
 def grid_of(owner: nn.Module, stage: Stage, x: Tensor) -> tuple[int, int]:

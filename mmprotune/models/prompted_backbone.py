@@ -15,6 +15,7 @@ from mmengine.config import ConfigDict
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mmprotune.checkpoint import check_incoming
 from mmprotune.frozen import (
@@ -32,6 +33,7 @@ from mmprotune.frozen.lean import (
     LeanOptions,
     LeanReport,
     make_lean,
+    restore,
     store_weights,
 )
 from mmprotune.frozen.origin import is_recorded, run_folded
@@ -152,6 +154,7 @@ class PromptedBackbone(BaseModule):
             ConfigDict(copy.deepcopy(backbone)), pretrained, init_cfg, frozen_from))
         self.stages: list[Stage] = []
         self.prompts = nn.ModuleDict()
+        self._handles: list[RemovableHandle] = []
         if prompt is not None:
             self._add_prompts(dict(prompt), stages)
         self.register_buffer('frozen_function', torch.zeros(PACKED_BYTES, dtype=torch.uint8))
@@ -221,7 +224,8 @@ class PromptedBackbone(BaseModule):
             block = MODELS.build(cfg)
             self.prompts[stage.name] = block
             self.stages.append(stage)
-            modules[stage.path].register_forward_hook(_Tap(self, stage), with_kwargs=True)
+            self._handles.append(
+                modules[stage.path].register_forward_hook(_Tap(self, stage), with_kwargs=True))
         if not self.stages:
             raise ValueError(f'no prompt is left: {last} is the only stage and '
                              f'last_stage={self.last_stage!r}; prompt=None is the way to have none')
@@ -250,7 +254,7 @@ class PromptedBackbone(BaseModule):
         """
         self.require_weights()
         outer = calls.current(self) or calls.Call(None)
-        call = calls.Call(tuple(x.shape[-2:]), outer.plain, outer.norms)
+        call = calls.Call(tuple(x.shape[-2:]), calls.is_plain(self), outer.norms)
         with calls.opened(self, call):
             if not torch.is_grad_enabled() or not (
                     x.requires_grad or any(p.requires_grad for p in self.parameters())):
@@ -285,9 +289,9 @@ class PromptedBackbone(BaseModule):
         Returns:
             Tensor: The prompted feature, in the same layout.
         """
-        call = calls.current(self)
-        if call is not None and call.plain:
+        if calls.is_plain(self):
             return x
+        call = calls.current(self)
         to_map, from_map = as_map(stage.layout, x, (*args, *(kwargs or {}).values()),
                                   partial(calls.grid_of, self, stage, x))
         block, note = self.prompts[stage.name], None
@@ -310,8 +314,35 @@ class PromptedBackbone(BaseModule):
     def record_norms(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         """While open, forwards of this thread note (||P(x)||, ||x||) by stage name in the dict that
         it yields."""
-        with calls.opened(self, calls.Call(None, norms={})) as call:
+        outer = calls.current(self) or calls.Call(None)
+        with calls.opened(self, calls.Call(outer.image, outer.plain, norms={})) as call:
             yield call.norms
+
+    @contextlib.contextmanager
+    def without_prompts(self) -> Iterator[None]:
+        """While open, forwards of this thread run the backbone without its prompts, whatever calls
+        it: this module, the model around it or ``backbone`` itself."""
+        outer = calls.current(self) or calls.Call(None)
+        with calls.opened(self, calls.Call(outer.image, True, outer.norms)):
+            yield
+
+    def unwrap(self) -> nn.Module:
+        """Takes the prompts off the backbone for good, and makes its layers ordinary ones again.
+
+        Its tensors stay as they are: values, precision (``backbone_dtype``) and ``requires_grad``.
+        What is left of this module is a wrapper without prompts, as with ``prompt=None``.
+
+        Returns:
+            nn.Module: ``backbone``.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        restore(self)
+        self.lean_report = LeanReport()
+        self.prompts, self.stages = nn.ModuleDict(), []
+        self.frozen_function.copy_(self.function_of())
+        return self.backbone
 
     # --- modes, weights, state ----------------------------------------------------------------
 

@@ -39,11 +39,8 @@ class ToyFixed(BaseModule):
 
 
 def plain(prompted):
-    """The frozen backbone alone: the same weights, no prompts."""
-    twin = copy.deepcopy(prompted.backbone)
-    for module in twin.modules():
-        module._forward_hooks.clear()
-    return twin
+    """The frozen backbone alone: the same weights, stock layers, no prompts."""
+    return copy.deepcopy(prompted).unwrap()
 
 
 BACKBONES = [
@@ -484,3 +481,47 @@ def test_an_init_cfg_without_a_type(tmp_path):
         cfg, init_cfg=dict(checkpoint=str(tmp_path / 'pvt.pth')))))
     assert model.frozen_source == str(tmp_path / 'pvt.pth')
     assert not any(p.requires_grad for p in model.backbone.parameters())
+
+
+# --- the backbone back --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('cfg', [RESNET18, SWIN], ids=lambda c: c['type'])
+@pytest.mark.parametrize('copies', [
+    lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_unwrap_gives_the_stock_backbone_back(cfg, copies):
+    stock = DET_MODELS.build(dict(cfg))
+    stock.eval()
+    first = build(dict(type='mmprotune.PromptedBackbone', backbone=cfg, freeze='all'))
+    model = copies(first).eval()
+    wake(model)
+    stock.load_state_dict(model.backbone.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    blocks = list(model.prompts.modules())
+    assert model.lean_report.covered and any(m._forward_hooks for m in model.backbone.modules())
+    net = model.unwrap()
+    assert net is model.backbone
+    assert [type(m) for m in net.modules()] == [type(m) for m in stock.modules()]
+    assert not any(m._forward_hooks or any(n.startswith('lean_') for n in vars(m))
+                   for m in (*net.modules(), *blocks))
+    with torch.no_grad():
+        assert all(map(torch.equal, net(x), stock(x)))
+        assert all(map(torch.equal, model(x), stock(x)))  # a wrapper without prompts
+        if copies is copy.deepcopy:  # whose original is as it was
+            wake(first)
+            assert not torch.equal(first.eval()(x)[0], net(x)[0])
+    assert not model.prompts and not list(model.stages)
+    audit(model)
+    headless = build(dict(type='mmprotune.PromptedBackbone', backbone=cfg, freeze='all',
+                          prompt=None))
+    assert str(headless.load_state_dict(model.state_dict())) == '<All keys matched successfully>'
+
+
+def test_hooks_of_others_stay():
+    model = build(dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, freeze='all'))
+    seen = []
+    model.backbone.layer1.register_forward_hook(lambda *_: seen.append(1))
+    net = model.unwrap()
+    seen.clear()
+    net(torch.randn(1, 3, 64, 64))
+    assert seen == [1]
