@@ -29,7 +29,7 @@ class Built:
     Attributes:
         module (nn.Module): The backbone.
         filled (set[str], optional): Parameters and buffers that its files filled; None where it
-            names no file.
+            names no file. All of those of a module that came as it is.
         fixed (set[str]): Parameters that the backbone itself keeps from training, sine-cosine
             position tables for instance.
         source (str, optional): Where the weights come from, for messages.
@@ -100,6 +100,30 @@ def build_backbone(cfg: ConfigDict,
     return Built(module, filled, _fixed(module), source)
 
 
+def given_backbone(module: nn.Module,
+                   pretrained: str | None = None,
+                   init_cfg: dict | None = None,
+                   frozen_from: str | None = None) -> Built:
+    """A backbone that is there already, with the weights that it has.
+
+    Args:
+        module (nn.Module): The backbone.
+        pretrained, init_cfg, frozen_from: See :func:`build_backbone`; nothing would load them.
+
+    Raises:
+        ValueError: One of them is given.
+    """
+    for key, value in (('pretrained', pretrained), ('init_cfg', init_cfg),
+                       ('frozen_from', frozen_from)):
+        if value is not None:
+            raise ValueError(f'{key} must be None where backbone is a module, whose weights stay '
+                             f'as they are, got {value!r}; load it into the module before')
+    _leave_freezing_to_us(module)
+    filled = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    filled.update(name for name, _ in module.named_buffers(remove_duplicate=False))
+    return Built(module, filled, _fixed(module), None)
+
+
 def _build(cfg: ConfigDict) -> nn.Module:
     # Who wraps the backbone freezes it; the host's own freezing in train() must not undo that.
     if 'frozen_stages' in cfg:
@@ -111,11 +135,15 @@ def _build(cfg: ConfigDict) -> nn.Module:
             module = MODELS.build(cfg)
     else:
         module = MODELS.build(cfg)
-    if getattr(module, 'frozen_stages', -1) != -1:
-        module.frozen_stages = -1
+    _leave_freezing_to_us(module)
     if hasattr(module, 'init_weights'):
         module.init_weights()
     return module
+
+
+def _leave_freezing_to_us(module: nn.Module) -> None:
+    if getattr(module, 'frozen_stages', -1) != -1:
+        module.frozen_stages = -1
 
 
 def _fixed(module: nn.Module) -> set[str]:

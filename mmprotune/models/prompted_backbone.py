@@ -43,7 +43,7 @@ from . import calls
 from .identity import PACKED_BYTES, difference, function_of
 from .insertion import Stage, find_stages
 from .layout import as_map
-from .pretrained import Built, PretrainedFileError, build_backbone
+from .pretrained import Built, PretrainedFileError, build_backbone, given_backbone
 from .trace import returns_more_in_training
 
 
@@ -83,8 +83,12 @@ class PromptedBackbone(BaseModule):
     their fingerprint instead; loading onto another backbone raises.
 
     Args:
-        backbone (dict): Config of any backbone registered in mmdet, mmseg or mmpretrain. Its
-            pre-trained file is its own ``init_cfg`` or ``pretrained``.
+        backbone (dict | nn.Module): Config of any backbone registered in mmdet, mmseg or
+            mmpretrain. Its pre-trained file is its own ``init_cfg`` or ``pretrained``. Or a module
+            with its weights, which is changed in place (:meth:`unwrap` gives it back): all of it
+            counts as filled by a file, so that ``freeze='pretrained'`` freezes all of it but what
+            ``trainable`` names; parameters that do not require a gradient when it comes never train
+            (``frozen_stages`` sets that).
         prompt (dict, optional): Config of the prompt block; ``channels`` is filled in per stage.
             None means no prompts. Defaults to ``dict(type='mmprotune.PromptBlock')``.
         stages (str | Sequence[str]): 'auto', or the dotted paths of the modules that end the
@@ -120,7 +124,7 @@ class PromptedBackbone(BaseModule):
         frozen_fingerprint (Tensor): uint8 buffer of shape (32, ), SHA-256 of the frozen tensors.
         frozen_function (Tensor): uint8 buffer, what the backbone computes without and with prompts,
             see :mod:`~mmprotune.models.identity`; zeros where it runs at no usual image size.
-        frozen_source (str, optional): Where the frozen weights come from.
+        frozen_source (str, optional): The file or address that the frozen weights come from.
 
     Raises:
         PretrainedFileError: ``freeze='pretrained'`` without a pre-trained file, or with one that
@@ -132,7 +136,7 @@ class PromptedBackbone(BaseModule):
     """
 
     def __init__(self,
-                 backbone: dict,
+                 backbone: dict | nn.Module,
                  prompt: dict | None = dict(type='mmprotune.PromptBlock'),
                  stages: str | Sequence[str] = 'auto',
                  freeze: str = 'pretrained',
@@ -150,8 +154,12 @@ class PromptedBackbone(BaseModule):
         self.last_stage = last_stage
         self.lean = lean
         self.frozen_from = frozen_from
-        self._take_backbone(build_backbone(
-            ConfigDict(copy.deepcopy(backbone)), pretrained, init_cfg, frozen_from))
+        if isinstance(backbone, nn.Module):
+            built = given_backbone(backbone, pretrained, init_cfg, frozen_from)
+        else:
+            built = build_backbone(
+                ConfigDict(copy.deepcopy(backbone)), pretrained, init_cfg, frozen_from)
+        self._take_backbone(built)
         self.stages: list[Stage] = []
         self.prompts = nn.ModuleDict()
         self._handles: list[RemovableHandle] = []
@@ -173,7 +181,7 @@ class PromptedBackbone(BaseModule):
 
     def _take_backbone(self, built: Built) -> None:
         """Holds the backbone, and freezes what it came with."""
-        if built.source is None and self.freeze == 'pretrained':
+        if built.filled is None and built.missing is None and self.freeze == 'pretrained':
             raise PretrainedFileError(
                 f"freeze='pretrained' needs a pre-trained file, but {type(built.module).__name__} "
                 "names none (backbone.init_cfg=dict(type='Pretrained', checkpoint=…), on the "
@@ -471,5 +479,7 @@ def _check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_d
         raise TypeError(f'trainable must be a list of regular expressions, got {trainable!r}')
     if prompt is not None and (not isinstance(prompt, dict) or 'type' not in prompt):
         raise TypeError(f'prompt must be None or a dict with the key "type", got {prompt!r}')
-    if not isinstance(backbone, dict) or 'type' not in backbone:
-        raise TypeError(f'backbone must be a dict with the key "type", got {backbone!r}')
+    if not isinstance(backbone, nn.Module) and (
+            not isinstance(backbone, dict) or 'type' not in backbone):
+        raise TypeError('backbone must be a dict with the key "type", or an nn.Module, '
+                        f'got {backbone!r}')
