@@ -146,7 +146,7 @@ def _outermost(path: str, trace: Trace) -> str:
 
 
 def find_stages(backbone: nn.Module,
-                stages: str | Sequence[str] = 'auto') -> tuple[list[Stage], Remarks]:
+                stages: str | Sequence[str] = 'auto') -> tuple[list[Stage], Remarks, Trace]:
     """Finds the stage ends of a backbone.
 
     Args:
@@ -155,8 +155,8 @@ def find_stages(backbone: nn.Module,
             stages. Defaults to 'auto'.
 
     Returns:
-        tuple[list[Stage], Remarks]: The stages in the order in which they run, and remarks on
-        stages that were left out (nothing reads them).
+        tuple[list[Stage], Remarks, Trace]: The stages in the order in which they run, remarks on
+        stages that were left out (nothing reads them), and the dry run that found them.
 
     Raises:
         StageError: A path does not exist or returns no feature map, or 'auto' finds nothing; the
@@ -206,7 +206,7 @@ def find_stages(backbone: nn.Module,
     if not result:
         raise StageError(f'stages: no output of {type(backbone).__name__} depends on any stage '
                          f'that was found: {_names(found)}')
-    return result, remarks
+    return result, remarks, trace
 
 
 def _layers(module: nn.Module, path: str, trace: Trace) -> Iterator[tuple[_Unit, bool]]:

@@ -40,11 +40,11 @@ from mmprotune.frozen.origin import is_recorded, run_folded
 from mmprotune.registry import MODELS
 
 from . import calls
-from .identity import PACKED_BYTES, difference, function_of
+from .identity import PACKED_BYTES, difference, function_of, pinned
 from .insertion import Stage, find_stages
 from .layout import as_map
 from .pretrained import Built, PretrainedFileError, build_backbone, given_backbone
-from .trace import returns_more_in_training
+from .trace import Trace, returns_more_in_training
 
 
 class _Tap:
@@ -163,11 +163,13 @@ class PromptedBackbone(BaseModule):
         self.stages: list[Stage] = []
         self.prompts = nn.ModuleDict()
         self._handles: list[RemovableHandle] = []
+        trace = None
         if prompt is not None:
-            self._add_prompts(dict(prompt), stages)
+            trace = self._add_prompts(dict(prompt), stages)
         self.register_buffer('frozen_function', torch.zeros(PACKED_BYTES, dtype=torch.uint8))
         self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
-        self.frozen_function.copy_(self.function_of())
+        self.frozen_function.copy_(function_of(self, trace=trace))
+        del trace
         self.root_has_mode = returns_more_in_training(self)
         self.lean_report = LeanReport()
         if lean is not False:
@@ -207,9 +209,11 @@ class PromptedBackbone(BaseModule):
                       f'be had ({built.missing}); a full checkpoint has to fill it',
                       logger='current', level=logging.WARNING)
 
-    def _add_prompts(self, prompt: dict, stages: str | Sequence[str]) -> None:
-        """Builds a block for every stage, and hooks it behind the module that ends the stage."""
-        found, remarks = find_stages(self.backbone, stages)
+    def _add_prompts(self, prompt: dict, stages: str | Sequence[str]) -> Trace:
+        """Builds a block for every stage, and hooks it behind the module that ends the stage;
+        returns the dry run that found the stages."""
+        with pinned(self):  # so that what it computes counts for frozen_function too
+            found, remarks, trace = find_stages(self.backbone, stages)
         for remark in remarks:
             print_log(remark, logger='current', level=logging.WARNING)
         last = found[-1].path
@@ -237,6 +241,7 @@ class PromptedBackbone(BaseModule):
         if not self.stages:
             raise ValueError(f'no prompt is left: {last} is the only stage and '
                              f'last_stage={self.last_stage!r}; prompt=None is the way to have none')
+        return trace
 
     def _make_lean(self, options: LeanOptions, backbone_dtype: str | None) -> None:
         self.lean_report = make_lean(self.backbone, options, root=self, prompts=self.prompts)

@@ -20,7 +20,8 @@ from mmprotune.frozen.dry_run import (
 from . import calls
 from .layout import Layout, describe
 
-_BATCH = 2
+# Images of a dry run.
+BATCH = 2
 
 
 class StageError(ValueError):
@@ -72,10 +73,14 @@ def _dry(backbone: nn.Module, shape: tuple[int, int, int], hook: Callable[[str],
         module.register_forward_hook(hook(path)) for path, module in backbone.named_modules()
         if path
     ]
-    images = noise(backbone, shape, _BATCH)
+    images = noise(backbone, shape, BATCH)
     try:
         with undisturbed(backbone):
-            yield lambda: backbone(images)
+            def run():
+                torch.manual_seed(0)
+                return backbone(images)
+
+            yield run
     finally:
         for handle in handles:
             handle.remove()
@@ -92,7 +97,7 @@ def _record(backbone: nn.Module, shape: tuple[int, int, int]) -> Trace:
             if path in calls:
                 repeated.add(path)
             tensors = _tensors(output)
-            found = ((i, describe(t, shape[1:], _BATCH)) for i, t in tensors.items())
+            found = ((i, describe(t, shape[1:], BATCH)) for i, t in tensors.items())
             calls[path] = _Call(
                 len(calls), {i: weakref.ref(t) for i, t in tensors.items()},
                 {i: layout for i, layout in found if layout is not None})
@@ -103,7 +108,7 @@ def _record(backbone: nn.Module, shape: tuple[int, int, int]) -> Trace:
         outputs = list(tensors_in(run()))
     for path in repeated:  # a module that runs twice ends no stage
         del calls[path]
-    return Trace(shape, _BATCH, calls, outputs)
+    return Trace(shape, BATCH, calls, outputs)
 
 
 def read_features(backbone: nn.Module, trace: Trace,
@@ -220,7 +225,7 @@ def returns_more_in_training(owner: nn.Module) -> bool:
             for shape in image_shapes(backbone):
                 with contextlib.suppress(Exception), \
                         calls.opened(owner, calls.Call(shape[1:], plain=True)):
-                    outputs = backbone(noise(backbone, shape, _BATCH))
+                    outputs = backbone(noise(backbone, shape, BATCH))
                     counts[mode] = len(list(tensors_in(outputs)))
                     break
     return len(set(counts.values())) == 2
