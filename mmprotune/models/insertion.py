@@ -46,6 +46,30 @@ class Stage:
         return self.layout.stride
 
 
+class Tap:
+    """Forward hook on the module that ends a stage: returns its output with the prompt added.
+
+    An object, not a closure, so that copies and pickles of the model keep their own prompts.
+
+    Args:
+        owner (nn.Module): The prompted backbone.
+        stage (Stage): The stage.
+    """
+
+    def __init__(self, owner: nn.Module, stage: Stage) -> None:
+        self.owner = owner
+        self.stage = stage
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
+        index = self.stage.index
+        if index is None:
+            return self.owner.apply_prompt(self.stage, output, args, kwargs)
+        plain = output[index]
+        prompted = self.owner.apply_prompt(self.stage, plain, args, kwargs)
+        # Some backbones return one tensor twice: for the next stage and as the feature.
+        return type(output)(prompted if item is plain else item for item in output)
+
+
 class Remarks(list):
     """Sentences on stages that get no prompt.
 

@@ -3,15 +3,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mmengine.config import ConfigDict
-from mmengine.logging import MMLogger
+from mmengine.logging import MMLogger, print_log
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import nn
 
 from mmprotune.config_nodes import FILE_KEYS, dicts_in, file_inside, file_of
-from mmprotune.frozen import FillRecorder
+from mmprotune.frozen import FillRecorder, freeze
 from mmprotune.registry import MODELS
 
 # A pre-trained file that fills less of the backbone than this is the wrong file.
@@ -122,6 +123,43 @@ def given_backbone(module: nn.Module,
     filled = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     filled.update(name for name, _ in module.named_buffers(remove_duplicate=False))
     return Built(module, filled, _fixed(module), None)
+
+
+def freeze_built(built: Built, everything: bool, trainable: Iterable[str]) -> frozenset[str]:
+    """Freezes a backbone, and logs what of it trains although its file should have filled it.
+
+    Args:
+        built (Built): The backbone.
+        everything (bool): Whether what no file filled is frozen as well.
+        trainable (Iterable[str]): See :func:`mmprotune.frozen.freeze`.
+
+    Returns:
+        frozenset[str]: Names of the frozen parameters and buffers.
+
+    Raises:
+        PretrainedFileError: ``everything`` is False, and the backbone names no file.
+        ValueError: ``trainable`` is wrong.
+    """
+    name = type(built.module).__name__
+    if not everything and built.filled is None and built.missing is None:
+        raise PretrainedFileError(
+            f"freeze='pretrained' needs a pre-trained file, but backbone {name!r} names none "
+            "(backbone.init_cfg=dict(type='Pretrained', checkpoint=…), on the wrapped backbone: "
+            "inferencers delete the wrapper's own); freeze='all' freezes the backbone as it is, "
+            'for a full checkpoint to fill it')
+    keep = []
+    if not everything and built.missing is None:
+        keep = [n for n, _ in built.module.named_parameters() if n not in built.filled]
+    frozen = freeze(built.module, keep=keep, trainable=trainable, fixed=built.fixed,
+                    key='model.backbone.trainable')
+    trained = [n for n in keep if n not in built.fixed]
+    if trained:
+        print_log(f'the pre-trained file did not fill {len(trained)} parameters of {name}; they '
+                  f'train: {", ".join(trained)}', logger='current')
+    if built.missing is not None:
+        print_log(f'{name} has random weights: {built.source} cannot be had ({built.missing}); a '
+                  'full checkpoint has to fill it', logger='current', level=logging.WARNING)
+    return frozenset(frozen)
 
 
 def _build(cfg: ConfigDict) -> nn.Module:

@@ -21,7 +21,6 @@ from mmprotune.checkpoint import check_incoming
 from mmprotune.frozen import (
     apply_to_the_rest,
     fingerprint,
-    freeze,
     frozen_tensors,
     keep_frozen_in_eval,
 )
@@ -41,30 +40,10 @@ from mmprotune.registry import MODELS
 
 from . import calls
 from .identity import PACKED_BYTES, difference, function_of, pinned
-from .insertion import Stage, find_stages
+from .insertion import Stage, Tap, find_stages
 from .layout import as_map
-from .pretrained import Built, PretrainedFileError, build_backbone, given_backbone
+from .pretrained import PretrainedFileError, build_backbone, freeze_built, given_backbone
 from .trace import Trace, returns_more_in_training
-
-
-class _Tap:
-    """Forward hook on the module that ends a stage: returns its output with the prompt added.
-
-    An object, not a closure, so that copies and pickles of the model keep their own prompts.
-    """
-
-    def __init__(self, owner: PromptedBackbone, stage: Stage) -> None:
-        self.owner = owner
-        self.stage = stage
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
-        index = self.stage.index
-        if index is None:
-            return self.owner.apply_prompt(self.stage, output, args, kwargs)
-        plain = output[index]
-        prompted = self.owner.apply_prompt(self.stage, plain, args, kwargs)
-        # Some backbones return one tensor twice: for the next stage and as the feature.
-        return type(output)(prompted if item is plain else item for item in output)
 
 
 @MODELS.register_module()
@@ -159,7 +138,11 @@ class PromptedBackbone(BaseModule):
         else:
             built = build_backbone(
                 ConfigDict(copy.deepcopy(backbone)), pretrained, init_cfg, frozen_from)
-        self._take_backbone(built)
+        self.backbone = built.module
+        self.frozen_source = built.source
+        self._missing = built.missing
+        self.root_has_mode = False
+        self.frozen_names = freeze_built(built, everything=freeze == 'all', trainable=trainable)
         self.stages: list[Stage] = []
         self.prompts = nn.ModuleDict()
         self._handles: list[RemovableHandle] = []
@@ -180,34 +163,6 @@ class PromptedBackbone(BaseModule):
         self.train()
 
     # --- construction -------------------------------------------------------------------------
-
-    def _take_backbone(self, built: Built) -> None:
-        """Holds the backbone, and freezes what it came with."""
-        if built.filled is None and built.missing is None and self.freeze == 'pretrained':
-            raise PretrainedFileError(
-                f"freeze='pretrained' needs a pre-trained file, but {type(built.module).__name__} "
-                "names none (backbone.init_cfg=dict(type='Pretrained', checkpoint=…), on the "
-                "wrapped backbone: inferencers delete the wrapper's own); freeze='all' freezes the "
-                'backbone as it is, for a full checkpoint to fill it')
-        self.backbone = built.module
-        self.frozen_source = built.source
-        self._missing = built.missing
-        self.root_has_mode = False
-        keep = []
-        if self.freeze == 'pretrained' and built.missing is None:
-            keep = [n for n, _ in self.backbone.named_parameters() if n not in (built.filled or ())]
-        self.frozen_names = frozenset(
-            freeze(self.backbone, keep=keep, trainable=self.trainable, fixed=built.fixed,
-                   key='model.backbone.trainable'))
-        trained = [n for n in keep if n not in built.fixed]
-        if trained:
-            print_log(f'the pre-trained file did not fill {len(trained)} parameters of '
-                      f'{type(self.backbone).__name__}; they train: {", ".join(trained)}',
-                      logger='current')
-        if built.missing is not None:
-            print_log(f'{type(self.backbone).__name__} has random weights: {built.source} cannot '
-                      f'be had ({built.missing}); a full checkpoint has to fill it',
-                      logger='current', level=logging.WARNING)
 
     def _add_prompts(self, prompt: dict, stages: str | Sequence[str]) -> Trace:
         """Builds a block for every stage, and hooks it behind the module that ends the stage;
@@ -237,7 +192,7 @@ class PromptedBackbone(BaseModule):
             self.prompts[stage.name] = block
             self.stages.append(stage)
             self._handles.append(
-                modules[stage.path].register_forward_hook(_Tap(self, stage), with_kwargs=True))
+                modules[stage.path].register_forward_hook(Tap(self, stage), with_kwargs=True))
         if not self.stages:
             raise ValueError(f'no prompt is left: {last} is the only stage and '
                              f'last_stage={self.last_stage!r}; prompt=None is the way to have none')
@@ -419,16 +374,8 @@ class PromptedBackbone(BaseModule):
         self.frozen_dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
 
     def function_of(self, frozen: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Summarises what the backbone returns for a small image, without prompts and with them,
-        where everything that trains has fixed values.
-
-        Args:
-            frozen (Mapping[str, Tensor], optional): Other values for the frozen tensors, by dotted
-                name in ``backbone``. Defaults to None.
-
-        Returns:
-            Tensor: As ``frozen_function``.
-        """
+        """What ``frozen_function`` would be now, or with other values for the frozen tensors; see
+        :func:`mmprotune.models.identity.function_of`."""
         return function_of(self, frozen)
 
     @staticmethod
