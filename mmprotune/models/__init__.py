@@ -1,5 +1,5 @@
-from .prompt_block import PromptBlock
 from .prompted_backbone import PromptedBackbone
+from .prompts import PromptBlock
 from .wrap import protune
 
 __all__ = ['PromptBlock', 'PromptedBackbone', 'protune']

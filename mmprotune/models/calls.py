@@ -6,8 +6,16 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+from mmprotune.lean.graph import is_running
+
+from .layout import token_grid
+
+if TYPE_CHECKING:
+    from .insertion import Stage
 
 
 class Call:
@@ -65,3 +73,51 @@ def images(owner: nn.Module) -> list[tuple[int, int]]:
     if call is not None and call.image is not None:
         return [call.image]
     return sorted({c.image for c in _in_graphs.get(owner, ()) if c.image is not None})
+
+
+def is_plain(owner: nn.Module) -> bool:
+    """Whether a module's layers run without prompts now: as the current call says; while a backward
+    pass runs layers again, as those calls do whose graph is alive.
+
+    Raises:
+        ValueError: Some of those have prompts and some have not.
+    """
+    call = current(owner)
+    if call is not None:
+        return call.plain
+    kinds = {c.plain for c in _in_graphs.get(owner, ())} if is_running() else set()
+    if len(kinds) == 2:
+        raise ValueError(
+            f'{type(owner.backbone).__name__}: layers are run again for the backward pass while '
+            'graphs with prompts and without are alive; switch activation checkpointing off '
+            '(backbone.with_cp=False), or call backward before the next forward')
+    return kinds == {True}
+
+
+def grid_of(owner: nn.Module, stage: Stage, x: Tensor) -> tuple[int, int]:
+    """Height and width of the grid behind the tokens of a stage.
+
+    Args:
+        owner (nn.Module): The prompted backbone.
+        stage (Stage): The stage.
+        x (Tensor): Its feature, (N, L, C).
+
+    Raises:
+        ValueError: The tokens fit no grid, or several.
+    """
+    extra, stride = stage.layout.extra_tokens, stage.layout.stride
+    sizes = images(owner)
+    grids = {token_grid(x.size(1), image, stride, extra) for image in sizes} - {None}
+    if len(grids) == 1:
+        return grids.pop()
+    where = f'{type(owner.backbone).__name__}.{stage.path}'
+    if grids:
+        raise ValueError(
+            f'{where}: {x.size(1)} tokens may be a grid of any of {sorted(grids)}: layers are '
+            'run again for the backward pass while graphs of images of several sizes are alive;'
+            ' switch activation checkpointing off (backbone.with_cp=False), or call backward '
+            'before the next forward')
+    raise ValueError(
+        f'{where}: {x.size(1)} tokens with {extra} extra ones fit no grid of stride '
+        f'{stride:g} on images of {sizes or "unknown size"}; the feature has shape '
+        f'{tuple(x.shape)}')

@@ -15,7 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from mmprotune.lean.dry_run import image_shapes, noise, tensors_in, undisturbed
+
+from . import calls
+from .trace import BATCH, Trace
+
 PROJECTIONS = 8
+# Two summaries, without and with prompts.
+PACKED_BYTES = 2 * 4 * (PROJECTIONS + 1)
 _ROWS = 4093
 
 
@@ -67,24 +74,23 @@ def difference(first: Tensor, second: Tensor) -> list[float]:
 
 
 @contextlib.contextmanager
-def pinned(module: nn.Module, frozen: Iterable[str],
-           tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+def pinned(owner: nn.Module, frozen: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """While open, whatever is not frozen has fixed values that depend on its name and shape only.
 
     Args:
-        module (nn.Module): The network.
-        frozen (Iterable[str]): Dotted names of its frozen parameters and buffers.
-        tensors (Mapping[str, Tensor], optional): Values for frozen ones, by dotted name. Defaults
-            to None: those that they have.
+        owner (nn.Module): The prompted backbone.
+        frozen (Mapping[str, Tensor], optional): Other values for frozen tensors, by dotted name in
+            ``owner.backbone``. Defaults to None.
     """
-    frozen, tensors = set(frozen), tensors or {}
+    names = {f'backbone.{name}' for name in owner.frozen_names}
+    tensors = {f'backbone.{name}': value for name, value in (frozen or {}).items()}
     before: list[tuple[Tensor, Tensor]] = []
     buffers = [(f'{path}.{name}' if path else name, buffer)
-               for path, owner in module.named_modules() for name, buffer in owner._buffers.items()
-               if buffer is not None and name not in owner._non_persistent_buffers_set]
+               for path, part in owner.named_modules() for name, buffer in part._buffers.items()
+               if buffer is not None and name not in part._non_persistent_buffers_set]
     try:
-        for name, tensor in (*module.named_parameters(), *buffers):
-            if name in frozen:
+        for name, tensor in (*owner.named_parameters(), *buffers):
+            if name in names:
                 value = tensors.get(name, tensor.data).to(tensor.device)
             elif not tensor.is_floating_point():
                 continue
@@ -98,6 +104,42 @@ def pinned(module: nn.Module, frozen: Iterable[str],
     finally:
         for tensor, data in before:
             tensor.data = data
+
+
+def function_of(owner: nn.Module, frozen: Mapping[str, Tensor] | None = None,
+                trace: Trace | None = None) -> Tensor:
+    """Summarises what a prompted backbone returns for a small image, without prompts and with them,
+    where everything that trains has fixed values.
+
+    Args:
+        owner (nn.Module): The prompted backbone.
+        frozen (Mapping[str, Tensor], optional): Other values for the frozen tensors, by dotted
+            name in ``owner.backbone``. Defaults to None.
+        trace (Trace, optional): A dry run of ``owner.backbone`` with the values that it is to have
+            here and without prompts, which saves one. Defaults to None.
+
+    Returns:
+        Tensor: uint8 of shape (PACKED_BYTES, ); zeros where it runs at no usual image size.
+    """
+    dtypes = [p.dtype for p in owner.parameters() if p.is_floating_point()]
+    # Weights that are stored in 16 bits compute in the precision of their input.
+    dtype = torch.float32 if torch.float32 in dtypes else next(iter(dtypes), torch.float32)
+
+
+    def run(shape: tuple[int, int, int], plain: bool) -> Tensor:
+        images = noise(owner.backbone, shape, BATCH)
+        if plain and trace is not None and (shape, dtype) == (trace.shape, images.dtype):
+            return summary(trace.outputs)
+        torch.manual_seed(0)
+        with calls.opened(owner, calls.Call(shape[1:], plain)):
+            return summary(tensors_in(owner.backbone(images.to(dtype))))
+
+    with pinned(owner, frozen), undisturbed(owner), torch.inference_mode(False), torch.no_grad():
+        for shape in image_shapes(owner.backbone):
+            with contextlib.suppress(Exception):  # whatever it is: not at this size
+                plain = run(shape, plain=True)
+                return pack([plain, run(shape, plain=False) if owner.stages else plain])
+    return torch.zeros(PACKED_BYTES, dtype=torch.uint8)
 
 
 def _fixed_values(name: str, like: Tensor) -> Tensor:

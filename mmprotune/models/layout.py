@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _MAX_EXTRA_TOKENS = 16
 
@@ -96,3 +98,50 @@ def _round_stride(stride: float) -> float:
     """Snaps to a power of two when close: odd sizes make 64 / 17 out of a stride of 4."""
     power = 2.0**round(math.log2(stride))
     return power if abs(stride / power - 1) < 0.2 else round(stride, 2)
+
+
+def as_map(layout: Layout, x: Tensor, arguments: Iterable,
+           grid_of: Callable[[], tuple[int, int]]) -> tuple[Callable, Callable]:
+    """The way from a feature to (N, C, H, W), and the way back for its prompt.
+
+    Args:
+        layout (Layout): Of the feature.
+        x (Tensor): The feature.
+        arguments (Iterable): What the module that computed it was called with; a pair of ints among
+            them that fits the number of tokens is taken for the token grid.
+        grid_of (Callable): Height and width of that grid otherwise.
+
+    Returns:
+        tuple[Callable, Callable]: Both take a tensor and return one. Extra tokens have no place in
+        a map, and a prompt of zero.
+    """
+    if layout.kind == 'NCHW':
+        return _unchanged, _unchanged
+    if layout.kind == 'NHWC':
+        return _channels_first, _channels_last
+    extra = layout.extra_tokens
+    height, width = next(
+        (a for a in arguments if isinstance(a, (tuple, list)) and len(a) == 2
+         and all(isinstance(n, int) for n in a) and a[0] * a[1] == x.size(1) - extra),
+        None) or grid_of()
+
+    def to_map(x: Tensor) -> Tensor:
+        return x[:, extra:].transpose(1, 2).reshape(x.size(0), x.size(2), height, width)
+
+    def from_map(prompt: Tensor) -> Tensor:
+        tokens = prompt.flatten(2).transpose(1, 2)
+        return F.pad(tokens, (0, 0, extra, 0)) if extra else tokens
+
+    return to_map, from_map
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)

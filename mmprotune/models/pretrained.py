@@ -3,15 +3,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mmengine.config import ConfigDict
-from mmengine.logging import MMLogger
+from mmengine.logging import MMLogger, print_log
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import nn
 
 from mmprotune.config_nodes import FILE_KEYS, dicts_in, file_inside, file_of
-from mmprotune.freezing import FillRecorder
+from mmprotune.freezing import FillRecorder, freeze
 from mmprotune.registry import MODELS
 
 # A pre-trained file that fills less of the backbone than this is the wrong file.
@@ -29,7 +30,7 @@ class Built:
     Attributes:
         module (nn.Module): The backbone.
         filled (set[str], optional): Parameters and buffers that its files filled; None where it
-            names no file.
+            names no file. All of those of a module that came as it is.
         fixed (set[str]): Parameters that the backbone itself keeps from training, sine-cosine
             position tables for instance.
         source (str, optional): Where the weights come from, for messages.
@@ -100,6 +101,67 @@ def build_backbone(cfg: ConfigDict,
     return Built(module, filled, _fixed(module), source)
 
 
+def given_backbone(module: nn.Module,
+                   pretrained: str | None = None,
+                   init_cfg: dict | None = None,
+                   frozen_from: str | None = None) -> Built:
+    """A backbone that is there already, with the weights that it has.
+
+    Args:
+        module (nn.Module): The backbone.
+        pretrained, init_cfg, frozen_from: See :func:`build_backbone`; nothing would load them.
+
+    Raises:
+        ValueError: One of them is given.
+    """
+    for key, value in (('pretrained', pretrained), ('init_cfg', init_cfg),
+                       ('frozen_from', frozen_from)):
+        if value is not None:
+            raise ValueError(f'{key} must be None where backbone is a module, whose weights stay '
+                             f'as they are, got {value!r}; load it into the module before')
+    _leave_freezing_to_us(module)
+    filled = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    filled.update(name for name, _ in module.named_buffers(remove_duplicate=False))
+    return Built(module, filled, _fixed(module), None)
+
+
+def freeze_built(built: Built, everything: bool, trainable: Iterable[str]) -> frozenset[str]:
+    """Freezes a backbone, and logs what of it trains although its file should have filled it.
+
+    Args:
+        built (Built): The backbone.
+        everything (bool): Whether what no file filled is frozen as well.
+        trainable (Iterable[str]): See :func:`mmprotune.freezing.freeze`.
+
+    Returns:
+        frozenset[str]: Names of the frozen parameters and buffers.
+
+    Raises:
+        PretrainedFileError: ``everything`` is False, and the backbone names no file.
+        ValueError: ``trainable`` is wrong.
+    """
+    name = type(built.module).__name__
+    if not everything and built.filled is None and built.missing is None:
+        raise PretrainedFileError(
+            f"freeze='pretrained' needs a pre-trained file, but backbone {name!r} names none "
+            "(backbone.init_cfg=dict(type='Pretrained', checkpoint=…), on the wrapped backbone: "
+            "inferencers delete the wrapper's own); freeze='all' freezes the backbone as it is, "
+            'for a full checkpoint to fill it')
+    keep = []
+    if not everything and built.missing is None:
+        keep = [n for n, _ in built.module.named_parameters() if n not in built.filled]
+    frozen = freeze(built.module, keep=keep, trainable=trainable, fixed=built.fixed,
+                    key='model.backbone.trainable')
+    trained = [n for n in keep if n not in built.fixed]
+    if trained:
+        print_log(f'the pre-trained file did not fill {len(trained)} parameters of {name}; they '
+                  f'train: {", ".join(trained)}', logger='current')
+    if built.missing is not None:
+        print_log(f'{name} has random weights: {built.source} cannot be had ({built.missing}); a '
+                  'full checkpoint has to fill it', logger='current', level=logging.WARNING)
+    return frozenset(frozen)
+
+
 def _build(cfg: ConfigDict) -> nn.Module:
     # Who wraps the backbone freezes it; the host's own freezing in train() must not undo that.
     if 'frozen_stages' in cfg:
@@ -111,11 +173,15 @@ def _build(cfg: ConfigDict) -> nn.Module:
             module = MODELS.build(cfg)
     else:
         module = MODELS.build(cfg)
-    if getattr(module, 'frozen_stages', -1) != -1:
-        module.frozen_stages = -1
+    _leave_freezing_to_us(module)
     if hasattr(module, 'init_weights'):
         module.init_weights()
     return module
+
+
+def _leave_freezing_to_us(module: nn.Module) -> None:
+    if getattr(module, 'frozen_stages', -1) != -1:
+        module.frozen_stages = -1
 
 
 def _fixed(module: nn.Module) -> set[str]:

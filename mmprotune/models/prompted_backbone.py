@@ -15,49 +15,29 @@ from mmengine.config import ConfigDict
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from mmprotune.checkpoint import check_incoming
 from mmprotune.freezing import (
     apply_to_the_rest,
     fingerprint,
-    freeze,
     frozen_tensors,
     keep_frozen_in_eval,
 )
 from mmprotune.freezing.fingerprint import identity
-from mmprotune.lean.convert import STORAGE_DTYPES, make_lean, store_weights
-from mmprotune.lean.dry_run import image_shapes, noise, tensors_in, undisturbed
+from mmprotune.lean.convert import STORAGE_DTYPES, make_lean, restore, store_weights
+from mmprotune.lean.dry_run import tensors_in
 from mmprotune.lean.graph import is_recorded, run_folded
 from mmprotune.lean.options import LeanOptions, LeanReport
 from mmprotune.lean.prompts import add_prompt, prompt_of
 from mmprotune.registry import MODELS
 
 from . import calls
-from .identity import PROJECTIONS, difference, pack, pinned, summary
-from .layout import token_grid
-from .pretrained import Built, PretrainedFileError, build_backbone
-from .stages import Stage, find_stages
-
-
-class _Tap:
-    """Forward hook on the module that ends a stage: returns its output with the prompt added.
-
-    An object, not a closure, so that copies and pickles of the model keep their own prompts.
-    """
-
-    def __init__(self, owner: PromptedBackbone, stage: Stage) -> None:
-        self.owner = owner
-        self.stage = stage
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
-        index = self.stage.index
-        if index is None:
-            return self.owner.apply_prompt(self.stage, output, args, kwargs)
-        plain = output[index]
-        prompted = self.owner.apply_prompt(self.stage, plain, args, kwargs)
-        # Some backbones return one tensor twice: for the next stage and as the feature.
-        return type(output)(prompted if item is plain else item for item in output)
+from .identity import PACKED_BYTES, difference, function_of, pinned
+from .insertion import Stage, Tap, find_stages
+from .layout import as_map
+from .pretrained import PretrainedFileError, build_backbone, freeze_built, given_backbone
+from .trace import Trace, returns_more_in_training
 
 
 @MODELS.register_module()
@@ -76,8 +56,12 @@ class PromptedBackbone(BaseModule):
     their fingerprint instead; loading onto another backbone raises.
 
     Args:
-        backbone (dict): Config of any backbone registered in mmdet, mmseg or mmpretrain. Its
-            pre-trained file is its own ``init_cfg`` or ``pretrained``.
+        backbone (dict | nn.Module): Config of any backbone registered in mmdet, mmseg or
+            mmpretrain. Its pre-trained file is its own ``init_cfg`` or ``pretrained``. Or a module
+            with its weights, which is changed in place (:meth:`unwrap` gives it back): all of it
+            counts as filled by a file, so that ``freeze='pretrained'`` freezes all of it but what
+            ``trainable`` names; parameters that do not require a gradient when it comes never train
+            (``frozen_stages`` sets that).
         prompt (dict, optional): Config of the prompt block; ``channels`` is filled in per stage.
             None means no prompts. Defaults to ``dict(type='mmprotune.PromptBlock')``.
         stages (str | Sequence[str]): 'auto', or the dotted paths of the modules that end the
@@ -113,7 +97,7 @@ class PromptedBackbone(BaseModule):
         frozen_fingerprint (Tensor): uint8 buffer of shape (32, ), SHA-256 of the frozen tensors.
         frozen_function (Tensor): uint8 buffer, what the backbone computes without and with prompts,
             see :mod:`~mmprotune.models.identity`; zeros where it runs at no usual image size.
-        frozen_source (str, optional): Where the frozen weights come from.
+        frozen_source (str, optional): The file or address that the frozen weights come from.
 
     Raises:
         PretrainedFileError: ``freeze='pretrained'`` without a pre-trained file, or with one that
@@ -125,7 +109,7 @@ class PromptedBackbone(BaseModule):
     """
 
     def __init__(self,
-                 backbone: dict,
+                 backbone: dict | nn.Module,
                  prompt: dict | None = dict(type='mmprotune.PromptBlock'),
                  stages: str | Sequence[str] = 'auto',
                  freeze: str = 'pretrained',
@@ -137,48 +121,36 @@ class PromptedBackbone(BaseModule):
                  init_cfg: dict | None = None,
                  frozen_from: str | None = None) -> None:
         super().__init__()
-        _check_choice('freeze', freeze, ('pretrained', 'all'))
-        _check_choice('last_stage', last_stage, ('residual', 'serial', 'none'))
-        options = LeanOptions.parse(lean)
-        _check_choice('backbone_dtype', backbone_dtype, (None, *STORAGE_DTYPES))
-        if backbone_dtype is not None and options is None:
-            raise ValueError(f'backbone_dtype={backbone_dtype!r} needs lean layers, but lean=False')
-        if isinstance(trainable, str) or not all(isinstance(t, str) for t in trainable):
-            raise TypeError(f'trainable must be a list of regular expressions, got {trainable!r}')
-        if prompt is not None and (not isinstance(prompt, dict) or 'type' not in prompt):
-            raise TypeError(f'prompt must be None or a dict with the key "type", got {prompt!r}')
-        if not isinstance(backbone, dict) or 'type' not in backbone:
-            raise TypeError(f'backbone must be a dict with the key "type", got {backbone!r}')
+        _check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean)
         self.freeze = freeze
         self.trainable = tuple(trainable)
         self.last_stage = last_stage
         self.lean = lean
         self.frozen_from = frozen_from
-        built = build_backbone(
-            ConfigDict(copy.deepcopy(backbone)), pretrained, init_cfg, frozen_from)
-        if built.source is None and freeze == 'pretrained':
-            raise PretrainedFileError(
-                f"freeze='pretrained' needs a pre-trained file, but backbone {backbone['type']!r} "
-                "names none (backbone.init_cfg=dict(type='Pretrained', checkpoint=…), on the "
-                "wrapped backbone: inferencers delete the wrapper's own); freeze='all' freezes the "
-                'backbone as it is, for a full checkpoint to fill it')
+        if isinstance(backbone, nn.Module):
+            built = given_backbone(backbone, pretrained, init_cfg, frozen_from)
+        else:
+            built = build_backbone(
+                ConfigDict(copy.deepcopy(backbone)), pretrained, init_cfg, frozen_from)
         self.backbone = built.module
         self.frozen_source = built.source
         self._missing = built.missing
         self.root_has_mode = False
-        self._freeze_backbone(built)
+        self.frozen_names = freeze_built(built, everything=freeze == 'all', trainable=trainable)
         self.stages: list[Stage] = []
         self.prompts = nn.ModuleDict()
+        self._handles: list[RemovableHandle] = []
+        trace = None
         if prompt is not None:
-            self._add_prompts(dict(prompt), stages)
-        self.register_buffer('frozen_function', torch.zeros(
-            2 * 4 * (PROJECTIONS + 1), dtype=torch.uint8))
+            trace = self._add_prompts(dict(prompt), stages)
+        self.register_buffer('frozen_function', torch.zeros(PACKED_BYTES, dtype=torch.uint8))
         self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
-        self.frozen_function.copy_(self.function_of())
-        self.root_has_mode = self._returns_more_in_training()
+        self.frozen_function.copy_(function_of(self, trace=trace))
+        del trace
+        self.root_has_mode = returns_more_in_training(self)
         self.lean_report = LeanReport()
-        if options is not None:
-            self._make_lean(options, backbone_dtype)
+        if lean is not False:
+            self._make_lean(LeanOptions.parse(lean), backbone_dtype)
         self.refresh_fingerprint()
         self._register_state_dict_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_after_load)
@@ -186,25 +158,11 @@ class PromptedBackbone(BaseModule):
 
     # --- construction -------------------------------------------------------------------------
 
-    def _freeze_backbone(self, built: Built) -> None:
-        keep = []
-        if self.freeze == 'pretrained' and built.missing is None:
-            keep = [n for n, _ in self.backbone.named_parameters() if n not in (built.filled or ())]
-        self.frozen_names = frozenset(
-            freeze(self.backbone, keep=keep, trainable=self.trainable, fixed=built.fixed,
-                   key='model.backbone.trainable'))
-        trained = [n for n in keep if n not in built.fixed]
-        if trained:
-            print_log(f'the pre-trained file did not fill {len(trained)} parameters of '
-                      f'{type(self.backbone).__name__}; they train: {", ".join(trained)}',
-                      logger='current')
-        if built.missing is not None:
-            print_log(f'{type(self.backbone).__name__} has random weights: {built.source} cannot '
-                      f'be had ({built.missing}); a full checkpoint has to fill it',
-                      logger='current', level=logging.WARNING)
-
-    def _add_prompts(self, prompt: dict, stages: str | Sequence[str]) -> None:
-        found, remarks = find_stages(self.backbone, stages)
+    def _add_prompts(self, prompt: dict, stages: str | Sequence[str]) -> Trace:
+        """Builds a block for every stage, and hooks it behind the module that ends the stage;
+        returns the dry run that found the stages."""
+        with pinned(self):  # so that what it computes counts for frozen_function too
+            found, remarks, trace = find_stages(self.backbone, stages)
         for remark in remarks:
             print_log(remark, logger='current', level=logging.WARNING)
         last = found[-1].path
@@ -227,10 +185,12 @@ class PromptedBackbone(BaseModule):
             block = MODELS.build(cfg)
             self.prompts[stage.name] = block
             self.stages.append(stage)
-            modules[stage.path].register_forward_hook(_Tap(self, stage), with_kwargs=True)
+            self._handles.append(
+                modules[stage.path].register_forward_hook(Tap(self, stage), with_kwargs=True))
         if not self.stages:
             raise ValueError(f'no prompt is left: {last} is the only stage and '
                              f'last_stage={self.last_stage!r}; prompt=None is the way to have none')
+        return trace
 
     def _make_lean(self, options: LeanOptions, backbone_dtype: str | None) -> None:
         self.lean_report = make_lean(self.backbone, options, root=self, prompts=self.prompts)
@@ -256,20 +216,12 @@ class PromptedBackbone(BaseModule):
         """
         self.require_weights()
         outer = calls.current(self) or calls.Call(None)
-        call = calls.Call(tuple(x.shape[-2:]), outer.plain, outer.norms)
+        call = calls.Call(tuple(x.shape[-2:]), calls.is_plain(self), outer.norms)
         with calls.opened(self, call):
-            if not torch.is_grad_enabled() or not (
-                    x.requires_grad or any(p.requires_grad for p in self.parameters())):
-                return run_folded(self.backbone, x, *args, **kwargs)
             outputs = run_folded(self.backbone, x, *args, **kwargs)
-        if self._has_tokens and not is_recorded():
+        if not is_recorded():
             calls.keep_with_graph(self, call, tensors_in(outputs))
         return outputs
-
-    @property
-    def _has_tokens(self) -> bool:
-        """Whether a prompt has to know the size of the images."""
-        return any(stage.layout.kind == 'NLC' for stage in self.stages)
 
     @property
     def lacks_weights(self) -> bool:
@@ -296,10 +248,11 @@ class PromptedBackbone(BaseModule):
         Returns:
             Tensor: The prompted feature, in the same layout.
         """
-        call = calls.current(self)
-        if call is not None and call.plain:
+        if calls.is_plain(self):
             return x
-        to_map, from_map = self._as_map(stage, x, (*args, *(kwargs or {}).values()))
+        call = calls.current(self)
+        to_map, from_map = as_map(stage.layout, x, (*args, *(kwargs or {}).values()),
+                                  partial(calls.grid_of, self, stage, x))
         block, note = self.prompts[stage.name], None
         if call is not None and call.norms is not None:
             note = partial(_note_norms, call.norms, stage.name)
@@ -314,54 +267,39 @@ class PromptedBackbone(BaseModule):
         extra = stage.layout.extra_tokens  # which have no prompt to be replaced by
         return torch.cat((x[:, :extra], prompt[:, extra:]), dim=1) if extra else prompt
 
-    def _as_map(self, stage: Stage, x: Tensor, arguments: tuple):
-        """The way from the feature to (N, C, H, W), and the way back for the prompt."""
-        layout = stage.layout
-        if layout.kind == 'NCHW':
-            return _unchanged, _unchanged
-        if layout.kind == 'NHWC':
-            return _channels_first, _channels_last
-        extra = layout.extra_tokens
-        grid = next((a for a in arguments if isinstance(a, (tuple, list)) and len(a) == 2
-                     and all(isinstance(n, int) for n in a) and a[0] * a[1] == x.size(1) - extra),
-                    None)
-        if grid is None:
-            grid = self._grid_of(stage, x)
-
-        def to_map(x: Tensor) -> Tensor:
-            return x[:, extra:].transpose(1, 2).reshape(x.size(0), x.size(2), *grid)
-
-        def from_map(prompt: Tensor) -> Tensor:
-            tokens = prompt.flatten(2).transpose(1, 2)
-            return F.pad(tokens, (0, 0, extra, 0)) if extra else tokens
-
-        return to_map, from_map
-
-    def _grid_of(self, stage: Stage, x: Tensor) -> tuple[int, int]:
-        """Height and width of the grid behind the tokens of a stage."""
-        extra, stride = stage.layout.extra_tokens, stage.layout.stride
-        images = calls.images(self)
-        grids = {token_grid(x.size(1), image, stride, extra) for image in images} - {None}
-        if len(grids) == 1:
-            return grids.pop()
-        where = f'{type(self.backbone).__name__}.{stage.path}'
-        if grids:
-            raise ValueError(
-                f'{where}: {x.size(1)} tokens may be a grid of any of {sorted(grids)}: layers are '
-                'run again for the backward pass while graphs of images of several sizes are alive;'
-                ' switch activation checkpointing off (backbone.with_cp=False), or call backward '
-                'before the next forward')
-        raise ValueError(
-            f'{where}: {x.size(1)} tokens with {extra} extra ones fit no grid of stride '
-            f'{stride:g} on images of {images or "unknown size"}; the feature has shape '
-            f'{tuple(x.shape)}')
-
     @contextlib.contextmanager
     def record_norms(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         """While open, forwards of this thread note (||P(x)||, ||x||) by stage name in the dict that
         it yields."""
-        with calls.opened(self, calls.Call(None, norms={})) as call:
+        outer = calls.current(self) or calls.Call(None)
+        with calls.opened(self, calls.Call(outer.image, outer.plain, norms={})) as call:
             yield call.norms
+
+    @contextlib.contextmanager
+    def without_prompts(self) -> Iterator[None]:
+        """While open, forwards of this thread run the backbone without its prompts, whatever calls
+        it: this module, the model around it or ``backbone`` itself."""
+        outer = calls.current(self) or calls.Call(None)
+        with calls.opened(self, calls.Call(outer.image, True, outer.norms)):
+            yield
+
+    def unwrap(self) -> nn.Module:
+        """Takes the prompts off the backbone for good, and makes its layers ordinary ones again.
+
+        Its tensors stay as they are: values, precision (``backbone_dtype``) and ``requires_grad``.
+        What is left of this module is a wrapper without prompts, as with ``prompt=None``.
+
+        Returns:
+            nn.Module: ``backbone``.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        restore(self)
+        self.lean_report = LeanReport()
+        self.prompts, self.stages = nn.ModuleDict(), []
+        self.frozen_function.copy_(self.function_of())
+        return self.backbone
 
     # --- modes, weights, state ----------------------------------------------------------------
 
@@ -376,23 +314,6 @@ class PromptedBackbone(BaseModule):
         if self.root_has_mode:
             self.backbone.training = mode
         return self
-
-    def _returns_more_in_training(self) -> bool:
-        """Whether the backbone itself, not a layer of it, returns other outputs in training."""
-        forward = getattr(type(self.backbone).forward, '__code__', None)
-        if 'training' not in getattr(forward, 'co_names', ()):
-            return False
-        counts = {}
-        for mode in (False, True):
-            with undisturbed(self), torch.no_grad():
-                self.backbone.training = mode
-                for shape in image_shapes(self.backbone):
-                    with contextlib.suppress(Exception), \
-                            calls.opened(self, calls.Call(shape[1:], plain=True)):
-                        images = noise(self.backbone, shape, 2)
-                        counts[mode] = len(list(tensors_in(self.backbone(images))))
-                        break
-        return len(set(counts.values())) == 2
 
     def init_weights(self) -> None:
         """Draws the prompts' weights anew. The backbone has had its weights since construction.
@@ -442,34 +363,9 @@ class PromptedBackbone(BaseModule):
         self.frozen_dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
 
     def function_of(self, frozen: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Summarises what the backbone returns for a small image, without prompts and with them,
-        where everything that trains has fixed values.
-
-        Args:
-            frozen (Mapping[str, Tensor], optional): Other values for the frozen tensors, by dotted
-                name in ``backbone``. Defaults to None.
-
-        Returns:
-            Tensor: As ``frozen_function``.
-        """
-        tensors = {f'backbone.{name}': value for name, value in (frozen or {}).items()}
-        dtypes = [p.dtype for p in self.parameters() if p.is_floating_point()]
-        # Weights that are stored in 16 bits compute in the precision of their input.
-        dtype = torch.float32 if torch.float32 in dtypes else next(iter(dtypes), torch.float32)
-        found = []
-        with pinned(self, [f'backbone.{name}' for name in self.frozen_names], tensors), \
-                undisturbed(self), torch.inference_mode(False), torch.no_grad():
-            for shape in image_shapes(self.backbone):
-                try:
-                    for plain in (True, False):
-                        torch.manual_seed(0)
-                        images = noise(self.backbone, shape, 2).to(dtype)
-                        with calls.opened(self, calls.Call(shape[1:], plain)):
-                            found.append(summary(tensors_in(self.backbone(images))))
-                    return pack(found)
-                except Exception:  # whatever it is: not at this size
-                    found.clear()
-        return torch.zeros_like(self.frozen_function)
+        """What ``frozen_function`` would be now, or with other values for the frozen tensors; see
+        :func:`mmprotune.models.identity.function_of`."""
+        return function_of(self, frozen)
 
     @staticmethod
     def function_distance(first: Tensor, second: Tensor) -> tuple[float, float]:
@@ -492,18 +388,6 @@ class PromptedBackbone(BaseModule):
             return getattr(inner, name)
 
 
-def _unchanged(x: Tensor) -> Tensor:
-    return x
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
-
-
 def _note_norms(norms: dict, name: str, prompt: Tensor, feature: Tensor) -> None:
     norms[name] = prompt.detach().float().norm(), feature.detach().float().norm()
 
@@ -524,6 +408,19 @@ def _after_load(module: PromptedBackbone, incompatible) -> None:
         expected.verify(module)
 
 
-def _check_choice(key: str, value, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f'{key} must be one of {choices}, got {value!r}')
+def _check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean) -> None:
+    for key, value, choices in (('freeze', freeze, ('pretrained', 'all')),
+                                ('last_stage', last_stage, ('residual', 'serial', 'none')),
+                                ('backbone_dtype', backbone_dtype, (None, *STORAGE_DTYPES))):
+        if value not in choices:
+            raise ValueError(f'{key} must be one of {choices}, got {value!r}')
+    if LeanOptions.parse(lean) is None and backbone_dtype is not None:
+        raise ValueError(f'backbone_dtype={backbone_dtype!r} needs lean layers, but lean=False')
+    if isinstance(trainable, str) or not all(isinstance(t, str) for t in trainable):
+        raise TypeError(f'trainable must be a list of regular expressions, got {trainable!r}')
+    if prompt is not None and (not isinstance(prompt, dict) or 'type' not in prompt):
+        raise TypeError(f'prompt must be None or a dict with the key "type", got {prompt!r}')
+    if not isinstance(backbone, nn.Module) and (
+            not isinstance(backbone, dict) or 'type' not in backbone):
+        raise TypeError('backbone must be a dict with the key "type", or an nn.Module, '
+                        f'got {backbone!r}')

@@ -17,9 +17,11 @@ from mmprotune.lean.dry_run import (
     undisturbed,
 )
 
+from . import calls
 from .layout import Layout, describe
 
-_BATCH = 2
+# Images of a dry run.
+BATCH = 2
 
 
 class StageError(ValueError):
@@ -64,17 +66,22 @@ def _tensors(output) -> dict[int | None, Tensor]:
 
 
 @contextlib.contextmanager
-def _dry(backbone: nn.Module, shape: tuple[int, int, int], hook: Callable[[str], Callable]):
+def _dry(backbone: nn.Module, shape: tuple[int, int, int], hook: Callable[[str], Callable],
+         batch: int = BATCH):
     """Eval mode and a forward hook on every submodule; yields a function that runs the backbone on
     noise. Everything is as before afterwards, the state of the random generator included."""
     handles = [
         module.register_forward_hook(hook(path)) for path, module in backbone.named_modules()
         if path
     ]
-    images = noise(backbone, shape, _BATCH)
+    images = noise(backbone, shape, batch)
     try:
         with undisturbed(backbone):
-            yield lambda: backbone(images)
+            def run():
+                torch.manual_seed(0)
+                return backbone(images)
+
+            yield run
     finally:
         for handle in handles:
             handle.remove()
@@ -91,7 +98,7 @@ def _record(backbone: nn.Module, shape: tuple[int, int, int]) -> Trace:
             if path in calls:
                 repeated.add(path)
             tensors = _tensors(output)
-            found = ((i, describe(t, shape[1:], _BATCH)) for i, t in tensors.items())
+            found = ((i, describe(t, shape[1:], BATCH)) for i, t in tensors.items())
             calls[path] = _Call(
                 len(calls), {i: weakref.ref(t) for i, t in tensors.items()},
                 {i: layout for i, layout in found if layout is not None})
@@ -102,7 +109,7 @@ def _record(backbone: nn.Module, shape: tuple[int, int, int]) -> Trace:
         outputs = list(tensors_in(run()))
     for path in repeated:  # a module that runs twice ends no stage
         del calls[path]
-    return Trace(shape, _BATCH, calls, outputs)
+    return Trace(shape, BATCH, calls, outputs)
 
 
 def read_features(backbone: nn.Module, trace: Trace,
@@ -112,33 +119,18 @@ def read_features(backbone: nn.Module, trace: Trace,
 
     Where tokens belong to no pixel the graph does not tell, as a class token is cut out of the very
     tensor that holds the pixels. There another run with other pixels does.
+
+    Args:
+        backbone (nn.Module): The backbone.
+        trace (Trace): Its dry run.
+        ends (Iterable[str]): Paths of the modules that end stages.
+
+    Returns:
+        set[tuple[str, int | None]]: Path and output index of those features.
     """
     ends = set(ends)
-    zeros: dict[int, tuple[str, int | None]] = {}
-    keep_alive: list = []
-
-    def hook(path):
-
-        def add(module, args, output):
-            if path not in ends:
-                return None
-
-            def marked(index, tensor):
-                zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device, requires_grad=True)
-                zeros[id(zero)] = (path, index)
-                keep_alive.append(zero)
-                return tensor + zero
-
-            if isinstance(output, Tensor):
-                return marked(None, output)
-            maps = trace.maps(path)
-            new = {id(output[i]): marked(i, output[i]) for i in maps}
-            return type(output)(new.get(id(item), item) for item in output)
-
-        return add
-
-    with _dry(backbone, trace.shape, hook) as run, torch.enable_grad(), nothing_saved():
-        nodes = [t.grad_fn for t in tensors_in(run()) if t.grad_fn is not None]
+    outputs, zeros = _run_marked(backbone, trace, ends)
+    nodes = [t.grad_fn for t in outputs if t.grad_fn is not None]
     found, seen = set(), set()
     while nodes:
         node = nodes.pop()
@@ -146,38 +138,55 @@ def read_features(backbone: nn.Module, trace: Trace,
             continue
         seen.add(node)
         leaf = getattr(node, 'variable', None)
-        if leaf is not None and id(leaf) in zeros:
-            found.add(zeros[id(leaf)])
+        found.update(end for end, zero in zeros if zero is leaf)
         nodes += [n for n, _ in node.next_functions if n is not None]
     # From the last one up: attention behind an earlier one mixes its tokens.
-    order = sorted(found, key=lambda end: trace.calls[end[0]].order, reverse=True)
-    for path, index in order:
-        extra = trace.maps(path)[index].extra_tokens if index in trace.maps(path) else 0
-        if not extra or _depends_on_pixels(backbone, trace, path, index, extra):
+    for end in sorted(found, key=lambda end: trace.calls[end[0]].order, reverse=True):
+        layout = trace.maps(end[0]).get(end[1])
+        if layout is None or not layout.extra_tokens:
             break
-        found.discard((path, index))
+        moved, _ = _run_marked(backbone, trace, ends, end)
+        if any(not torch.equal(a, b) for a, b in zip(moved, outputs)):
+            break
+        found.discard(end)
     return found
 
 
-def _depends_on_pixels(backbone: nn.Module, trace: Trace, path: str, index: int | None,
-                       extra: int) -> bool:
-    """Whether other values of the tokens behind the first ``extra`` ones give other outputs."""
+def _run_marked(backbone: nn.Module, trace: Trace, ends: set[str],
+                shifted: tuple[str, int | None] | None = None) -> tuple[list[Tensor], list]:
+    """Runs the backbone with a zero that requires a gradient added to each feature at the ends;
+    other values in the tokens of one feature that are pixels, where ``shifted`` names it.
 
-    def hook(at):
+    Returns:
+        tuple[list[Tensor], list]: The outputs, and pairs of a feature's path and index and its
+        zero.
+    """
+    zeros: list[tuple[tuple[str, int | None], Tensor]] = []
 
-        def shift(module, args, output):
-            if at != path:
+    def hook(path):
+
+        def add(module, args, output):
+            if path not in ends:
                 return None
-            plain = output if index is None else output[index]
-            moved = torch.cat((plain[:, :extra], plain[:, extra:].roll(1, dims=2)), dim=1)
-            if index is None:
-                return moved
-            return type(output)(moved if item is plain else item for item in output)
 
-        return shift
+            def marked(index: int | None, tensor: Tensor) -> Tensor:
+                zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device, requires_grad=True)
+                zeros.append(((path, index), zero))
+                if (path, index) == shifted:
+                    extra = trace.maps(path)[index].extra_tokens
+                    tensor = torch.cat((tensor[:, :extra], tensor[:, extra:].roll(1, dims=2)), 1)
+                return tensor + zero
 
-    with _dry(backbone, trace.shape, hook) as run, torch.no_grad():
-        return any(not torch.equal(a, b) for a, b in zip(tensors_in(run()), trace.outputs))
+            if isinstance(output, Tensor):
+                return marked(None, output)
+            new = {id(output[i]): marked(i, output[i]) for i in trace.maps(path)}
+            return type(output)(new.get(id(item), item) for item in output)
+
+        return add
+
+    # On one image, as that is enough; always in a graph, so that the same kernels run.
+    with _dry(backbone, trace.shape, hook, 1) as run, torch.enable_grad(), nothing_saved():
+        return list(tensors_in(run())), zeros
 
 
 def dry_run(backbone: nn.Module) -> Trace:
@@ -200,3 +209,26 @@ def dry_run(backbone: nn.Module) -> Trace:
     raise StageError(
         f'backbone: {type(backbone).__name__} ran at none of the image sizes {sizes}; the last '
         f'error: {type(error).__name__}: {error}')
+
+
+def returns_more_in_training(owner: nn.Module) -> bool:
+    """Whether a backbone itself, not a layer of it, returns other outputs in training.
+
+    Args:
+        owner (nn.Module): The prompted backbone around it.
+    """
+    backbone = owner.backbone
+    forward = getattr(type(backbone).forward, '__code__', None)
+    if 'training' not in getattr(forward, 'co_names', ()):
+        return False
+    counts = {}
+    for mode in (False, True):
+        with undisturbed(owner), torch.no_grad():
+            backbone.training = mode
+            for shape in image_shapes(backbone):
+                with contextlib.suppress(Exception), \
+                        calls.opened(owner, calls.Call(shape[1:], plain=True)):
+                    outputs = backbone(noise(backbone, shape, BATCH))
+                    counts[mode] = len(list(tensors_in(outputs)))
+                    break
+    return len(set(counts.values())) == 2

@@ -14,7 +14,7 @@ from mmprotune.lean.functional import activations
 from mmprotune.lean.graph import LeanState
 from mmprotune.lean.layers import LeanLayer
 from mmprotune.lean.prompts import PromptState, prompt_of
-from mmprotune.models.prompt_block import PromptBlock
+from mmprotune.models.prompts.prompt_block import PromptBlock
 
 
 def change_a_part(y):

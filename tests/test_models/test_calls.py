@@ -1,4 +1,5 @@
 """Nothing of one call lives on the module."""
+import copy
 import gc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -126,3 +127,69 @@ def test_norms_are_noted_by_the_thread_that_asked():
     with model.record_norms() as again:
         model(x)
     assert norms == again
+
+
+# --- without prompts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('backbone', [RESNET18, VIT], ids=lambda cfg: cfg['type'])
+def test_without_prompts(backbone):
+    """The stock backbone, for whoever calls: the wrapper, or the backbone past it."""
+    model = prompted(backbone, lean=dict(fold=False))
+    wake(model)
+    stock, x = copy.deepcopy(model).unwrap(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before, expected = model(x), stock(x)
+        assert not torch.equal(before[0], expected[0])
+        with model.without_prompts():
+            for call in (model, model.backbone):
+                assert all(map(torch.equal, call(x), expected))
+            with model.record_norms() as norms:
+                assert all(map(torch.equal, model(x), expected))
+            assert not norms
+        with pytest.raises(AttributeError), model.without_prompts():
+            model(None)
+        assert all(map(torch.equal, model(x), before))
+        with model.record_norms() as norms, model.without_prompts():
+            assert all(map(torch.equal, model(x), expected))
+        assert not norms
+
+
+def test_without_prompts_concerns_one_thread_and_one_backbone():
+    model, other = vit(), vit()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        with model.without_prompts(), ThreadPoolExecutor(1) as pool:
+            assert not torch.equal(model(x)[0], expected[0])
+            assert torch.equal(other(x)[0], expected[0])
+
+            def elsewhere():
+                with torch.no_grad():
+                    return model(x)
+
+            assert torch.equal(pool.submit(elsewhere).result()[0], expected[0])
+
+
+@pytest.mark.parametrize('layers', ['own', 'others'])
+@pytest.mark.filterwarnings('ignore:torch.utils.checkpoint')
+def test_layers_run_again_for_a_pass_without_prompts_have_none(layers):
+    """The backward pass comes when nothing is open any more."""
+    model = vit(with_cp=layers == 'own').train()
+    x = torch.randn(2, 3, 64, 96).requires_grad_()
+    loss(copy.deepcopy(model).unwrap()(x)).backward()
+    expected, x.grad = x.grad, None
+    if layers == 'others':
+        for i, layer in enumerate(model.backbone.layers):
+            model.backbone.layers[i] = Again(layer, reentrant=False)
+    with model.without_prompts():
+        found = loss(model(x))
+    found.backward()
+    torch.testing.assert_close(x.grad, expected)
+    assert all(p.grad is None for p in model.prompts.parameters())
+    with model.without_prompts():
+        both = loss(model(x))
+    both = both + loss(model(x))
+    if layers == 'others':  # nothing tells for which of the two
+        with pytest.raises(ValueError, match='graphs with prompts and without are alive'):
+            both.backward()

@@ -4,13 +4,14 @@ import logging
 
 import pytest
 import torch
+from mmengine.registry import MODELS as ROOT_MODELS
 
 from mmprotune import checkpoint
 from mmprotune.checkpoint import FunctionMismatch, full_state_dict
 from mmprotune.models.identity import difference, pack, summary
 from tests.conftest import RESNET18, build, wake
-from tests.test_models.test_layouts import VIT
-from tests.test_models.test_stages import SWIN
+from tests.test_models.test_insertion import SWIN
+from tests.test_models.test_layouts import HRNET, VIT
 
 PROMPT = dict(type='mmprotune.PromptBlock')
 # Else the residual branches of random networks return zeros.
@@ -148,3 +149,21 @@ def test_summaries_move_with_their_outputs():
     distance, = difference(pack([start]), pack([scaled]))
     assert distance == pytest.approx(0.2, abs=0.01)  # ln 1.5 / 2
     assert summary([]).shape == start.shape
+
+
+@pytest.mark.parametrize('backbone, trainable, runs', [
+    # One for the stages, one for what the outputs depend on, one with prompts.
+    (BASIC, r'layer4\..*', 3), (SWIN, r'norm3\..*', 3), (HRNET, r'stage4\..*', 3),
+    (VIT, r'layers\.3\..*', 4),  # one more: what the last prompt of a class token acts on
+])
+def test_the_run_that_finds_the_stages_counts(backbone, trainable, runs, monkeypatch):
+    cls, seen = type(ROOT_MODELS.build(dict(backbone))), []
+    forward = cls.forward
+    monkeypatch.setattr(cls, 'forward', lambda self, x: (seen.append(1), forward(self, x))[1])
+    model = prompted(backbone, trainable=[trainable], lean=False)
+    assert len(seen) == runs
+    assert model.frozen_function.any()
+    assert torch.equal(model.frozen_function, model.function_of())
+    seen.clear()
+    prompted(backbone, prompt=None, lean=False)
+    assert len(seen) == 1

@@ -9,7 +9,7 @@ from torch import nn
 
 from mmprotune.models import calls
 from tests.conftest import RESNET18, build, wake
-from tests.test_models.test_stages import SWIN
+from tests.test_models.test_insertion import SWIN
 
 VIT = dict(type='mmseg.VisionTransformer', img_size=(64, 64), patch_size=16, embed_dims=32,
            num_layers=4, num_heads=2, out_indices=(0, 1, 3), with_cls_token=True, final_norm=False)
@@ -63,9 +63,7 @@ def test_tokens_by_hand(extra):
     model = prompted(dict(type='ToyTokens', extra=extra))
     assert [(s.layout.kind, s.layout.extra_tokens) for s in model.stages] == [('NLC', extra)] * 4
     wake(model)
-    x, net = torch.randn(2, 3, 48, 80), copy.deepcopy(model.backbone)
-    for module in net.modules():
-        module._forward_hooks.clear()
+    x, net = torch.randn(2, 3, 48, 80), copy.deepcopy(model).unwrap()
     with torch.no_grad():
         outs = model(x)
         tokens = net(x)['block0']
@@ -80,9 +78,7 @@ def test_channels_last_by_hand():
     model = prompted(dict(type='ToyTokens', channels_last=True))
     assert {s.layout.kind for s in model.stages} == {'NHWC'}
     wake(model)
-    net = copy.deepcopy(model.backbone)
-    for module in net.modules():
-        module._forward_hooks.clear()
+    net = copy.deepcopy(model).unwrap()
     x = torch.randn(1, 3, 48, 80)
     with torch.no_grad():
         plain = net(x)['block0']
@@ -123,9 +119,7 @@ def test_branches_get_a_prompt_each_at_the_end_of_a_stage():
 def test_sizes_change_from_batch_to_batch(backbone, size):
     model = prompted(backbone, lean=dict(fold=False))
     x = torch.randn(2, 3, *size)
-    net = copy.deepcopy(model.backbone)
-    for module in net.modules():
-        module._forward_hooks.clear()
+    net = copy.deepcopy(model).unwrap()
     with torch.no_grad():
         expected = net(x)
         assert all(torch.equal(a, b) for a, b in zip(model(x), expected))

@@ -17,7 +17,7 @@ from mmprotune.lean.dry_run import tensors_in
 from mmprotune.models.prompted_backbone import PretrainedFileError
 from tests.classification import classification_scope, classifier_cfg
 from tests.conftest import RESNET18, build, wake
-from tests.test_models.test_stages import SWIN
+from tests.test_models.test_insertion import SWIN
 
 
 @ROOT_MODELS.register_module(force=True)
@@ -39,35 +39,8 @@ class ToyFixed(BaseModule):
 
 
 def plain(prompted):
-    """The frozen backbone alone: the same weights, no prompts."""
-    twin = copy.deepcopy(prompted.backbone)
-    for module in twin.modules():
-        module._forward_hooks.clear()
-    return twin
-
-
-BACKBONES = [
-    RESNET18,
-    dict(type='ResNeXt', depth=50, groups=4, base_width=4, base_channels=8),
-    dict(type='RegNet', arch='regnetx_400mf'),
-    dict(type='Res2Net', depth=50, scales=4, base_width=26, base_channels=16),
-    SWIN,
-]
-
-
-@pytest.mark.parametrize('cfg', BACKBONES, ids=lambda c: c['type'])
-@pytest.mark.parametrize('size', [(64, 64), (75, 110)])
-def test_identity_at_init_and_change_after(cfg, size):
-    model = build(dict(type='mmprotune.PromptedBackbone', backbone=cfg, freeze='all',
-                       lean=dict(fold=False))).eval()
-    x = torch.randn(2, 3, *size)
-    with torch.no_grad():
-        expected = plain(model)(x)
-        assert all(torch.equal(a, b) for a, b in zip(model(x), expected))
-        wake(model)
-        changed = model(x)
-    assert len(changed) == len(expected) == 4
-    assert all(a.shape == b.shape and not torch.equal(a, b) for a, b in zip(changed, expected))
+    """The frozen backbone alone: the same weights, stock layers, no prompts."""
+    return copy.deepcopy(prompted).unwrap()
 
 
 def test_features_by_hand():
@@ -100,17 +73,6 @@ def test_last_stage_forms():
             assert torch.equal(outs[3], plain_outs[3])
 
 
-def test_gradients_reach_exactly_the_declared_parameters(prompted_cfg):
-    model = build(dict(prompted_cfg, trainable=[r'layer4\.1\.bn2\..*']))
-    wake(model)
-    sum(f.sum() for f in model(torch.randn(2, 3, 64, 64))).backward()
-    with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
-    declared = {n for n, p in model.named_parameters() if p.requires_grad}
-    prompts = {f'prompts.{n}' for n, _ in model.prompts.named_parameters()}
-    assert with_gradient == declared == prompts | {
-        'backbone.layer4.1.bn2.weight', 'backbone.layer4.1.bn2.bias'}
-
-
 def test_no_graph_below_the_first_prompt(prompted_cfg):
     model = build(prompted_cfg)
     seen = {}
@@ -137,20 +99,6 @@ def test_full_fine_tuning_is_a_config_too(prompted_cfg):
     assert not model.frozen_names
     assert all(p.requires_grad for p in model.train().parameters())
     assert all(m.training for m in model.modules())
-
-
-def test_frozen_parts_stay_in_eval_and_still():
-    # norm_eval=False: the backbone itself would put its norm layers into training mode.
-    model = build(
-        dict(type='mmprotune.PromptedBackbone', backbone=dict(RESNET18, norm_eval=False),
-             freeze='all'))
-    buffers = {n: b.clone() for n, b in model.backbone.named_buffers()}
-    assert model.train() is model
-    assert model.training and model.prompts.training
-    assert not any(m.training for m in model.backbone.modules())
-    model(torch.randn(2, 3, 64, 64))
-    assert all(torch.equal(b, buffers[n]) for n, b in model.backbone.named_buffers())
-    audit(model, training=True)
 
 
 def test_drop_path_stands_still():
@@ -396,18 +344,6 @@ def test_state_dict_is_slim(prompted_cfg, state_dict):
         f'head.{n}' for n in model.head.state_dict()}
 
 
-def test_slim_round_trip(prompted_cfg):
-    model, twin = build(prompted_cfg, seed=1), build(prompted_cfg, seed=2)
-    wake(model)
-    x = torch.randn(1, 3, 64, 64)
-    model.eval(), twin.eval()
-    with torch.no_grad():
-        expected = model(x)
-        assert not torch.equal(twin(x)[0], expected[0])
-        assert str(twin.load_state_dict(model.state_dict())) == '<All keys matched successfully>'
-        assert all(torch.equal(a, b) for a, b in zip(twin(x), expected))
-
-
 @pytest.mark.parametrize('copies', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_keep_their_own_prompts(prompted_cfg, copies):
     model = build(prompted_cfg).eval()
@@ -484,3 +420,47 @@ def test_an_init_cfg_without_a_type(tmp_path):
         cfg, init_cfg=dict(checkpoint=str(tmp_path / 'pvt.pth')))))
     assert model.frozen_source == str(tmp_path / 'pvt.pth')
     assert not any(p.requires_grad for p in model.backbone.parameters())
+
+
+# --- the backbone back --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('cfg', [RESNET18, SWIN], ids=lambda c: c['type'])
+@pytest.mark.parametrize('copies', [
+    lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_unwrap_gives_the_stock_backbone_back(cfg, copies):
+    stock = DET_MODELS.build(dict(cfg))
+    stock.eval()
+    first = build(dict(type='mmprotune.PromptedBackbone', backbone=cfg, freeze='all'))
+    model = copies(first).eval()
+    wake(model)
+    stock.load_state_dict(model.backbone.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    blocks = list(model.prompts.modules())
+    assert model.lean_report.covered and any(m._forward_hooks for m in model.backbone.modules())
+    net = model.unwrap()
+    assert net is model.backbone
+    assert [type(m) for m in net.modules()] == [type(m) for m in stock.modules()]
+    assert not any(m._forward_hooks or any(n.startswith('lean_') for n in vars(m))
+                   for m in (*net.modules(), *blocks))
+    with torch.no_grad():
+        assert all(map(torch.equal, net(x), stock(x)))
+        assert all(map(torch.equal, model(x), stock(x)))  # a wrapper without prompts
+        if copies is copy.deepcopy:  # whose original is as it was
+            wake(first)
+            assert not torch.equal(first.eval()(x)[0], net(x)[0])
+    assert not model.prompts and not list(model.stages)
+    audit(model)
+    headless = build(dict(type='mmprotune.PromptedBackbone', backbone=cfg, freeze='all',
+                          prompt=None))
+    assert str(headless.load_state_dict(model.state_dict())) == '<All keys matched successfully>'
+
+
+def test_hooks_of_others_stay():
+    model = build(dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, freeze='all'))
+    seen = []
+    model.backbone.layer1.register_forward_hook(lambda *_: seen.append(1))
+    net = model.unwrap()
+    seen.clear()
+    net(torch.randn(1, 3, 64, 64))
+    assert seen == [1]

@@ -144,15 +144,9 @@ def _run(model: nn.Module, image: Tensor) -> list[Tensor]:
 
 
 def _plain(model: nn.Module, image: Tensor) -> list[Tensor]:
-    """What the frozen backbone alone returns: its hooks, the prompts, are lifted meanwhile."""
-    hooks = [(m, m._forward_hooks.copy()) for m in model.backbone.modules()]
-    for module, _ in hooks:
-        module._forward_hooks.clear()
-    try:
+    """What the frozen backbone alone returns."""
+    with model.without_prompts():
         return _run(model, image)
-    finally:
-        for module, saved in hooks:
-            module._forward_hooks.update(saved)
 
 
 def _build(cfg: dict, library: str) -> nn.Module:

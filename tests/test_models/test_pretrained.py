@@ -6,7 +6,7 @@ from mmdet.registry import MODELS as DET_MODELS
 
 from mmprotune.registry import MODELS
 from tests.conftest import build
-from tests.test_models.test_stages import SWIN
+from tests.test_models.test_insertion import SWIN
 
 RESNET = dict(type='mmdet.ResNet', depth=18)
 ADDRESS = 'https://example.invalid/models/resnet18-0000.pth'

@@ -6,15 +6,16 @@ Figure 2: 1x1 convolution -> 5x5 convolution -> 1x1 convolution; its output is t
 from __future__ import annotations
 
 import torch
-from mmengine.model import BaseModule
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import Tensor, nn
 
 from mmprotune.registry import MODELS
 
+from .base import BasePrompt
+
 
 @MODELS.register_module()
-class PromptBlock(BaseModule):
+class PromptBlock(BasePrompt):
     r"""Computes the vision prompt :math:`P(x)` of one stage's feature map.
 
     .. math:: P(x) = s \cdot W_3\, \sigma(\mathrm{norm}(W_2 * (W_1 x)))

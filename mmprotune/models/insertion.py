@@ -46,6 +46,30 @@ class Stage:
         return self.layout.stride
 
 
+class Tap:
+    """Forward hook on the module that ends a stage: returns its output with the prompt added.
+
+    An object, not a closure, so that copies and pickles of the model keep their own prompts.
+
+    Args:
+        owner (nn.Module): The prompted backbone.
+        stage (Stage): The stage.
+    """
+
+    def __init__(self, owner: nn.Module, stage: Stage) -> None:
+        self.owner = owner
+        self.stage = stage
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
+        index = self.stage.index
+        if index is None:
+            return self.owner.apply_prompt(self.stage, output, args, kwargs)
+        plain = output[index]
+        prompted = self.owner.apply_prompt(self.stage, plain, args, kwargs)
+        # Some backbones return one tensor twice: for the next stage and as the feature.
+        return type(output)(prompted if item is plain else item for item in output)
+
+
 class Remarks(list):
     """Sentences on stages that get no prompt.
 
@@ -146,7 +170,7 @@ def _outermost(path: str, trace: Trace) -> str:
 
 
 def find_stages(backbone: nn.Module,
-                stages: str | Sequence[str] = 'auto') -> tuple[list[Stage], Remarks]:
+                stages: str | Sequence[str] = 'auto') -> tuple[list[Stage], Remarks, Trace]:
     """Finds the stage ends of a backbone.
 
     Args:
@@ -155,8 +179,8 @@ def find_stages(backbone: nn.Module,
             stages. Defaults to 'auto'.
 
     Returns:
-        tuple[list[Stage], Remarks]: The stages in the order in which they run, and remarks on
-        stages that were left out (nothing reads them).
+        tuple[list[Stage], Remarks, Trace]: The stages in the order in which they run, remarks on
+        stages that were left out (nothing reads them), and the dry run that found them.
 
     Raises:
         StageError: A path does not exist or returns no feature map, or 'auto' finds nothing; the
@@ -206,7 +230,7 @@ def find_stages(backbone: nn.Module,
     if not result:
         raise StageError(f'stages: no output of {type(backbone).__name__} depends on any stage '
                          f'that was found: {_names(found)}')
-    return result, remarks
+    return result, remarks, trace
 
 
 def _layers(module: nn.Module, path: str, trace: Trace) -> Iterator[tuple[_Unit, bool]]:

@@ -6,8 +6,8 @@ from mmdet.registry import MODELS
 from torch import nn
 
 from mmprotune.models import calls
+from mmprotune.models.insertion import StageError, find_stages
 from mmprotune.models.layout import Layout, describe, token_grid
-from mmprotune.models.stages import StageError, find_stages
 from tests.conftest import RESNET18, build, wake
 
 SWIN = dict(type='SwinTransformer', embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8))
@@ -63,7 +63,7 @@ def test_token_grid(length, image, stride, extra, grid):
      ['stage1', 'stage2', 'stage3', 'stage4'], [32, 64, 128, 256], [4, 8, 16, 32]),
 ])
 def test_auto(cfg, paths, channels, strides):
-    stages, remarks = find_stages(MODELS.build(dict(cfg)))
+    stages, remarks, _ = find_stages(MODELS.build(dict(cfg)))
     assert [s.path for s in stages] == paths
     assert [s.channels for s in stages] == channels
     assert [s.stride for s in stages] == strides
@@ -71,7 +71,7 @@ def test_auto(cfg, paths, channels, strides):
 
 
 def test_a_stage_that_nothing_reads_is_left_out_and_named():
-    stages, remarks = find_stages(MODELS.build(dict(RESNET18, out_indices=(0, 1, 2))))
+    stages, remarks, _ = find_stages(MODELS.build(dict(RESNET18, out_indices=(0, 1, 2))))
     assert [s.path for s in stages] == ['layer1', 'layer2', 'layer3']
     assert len(remarks) == 1
     assert 'layer4 (64 channels)' in remarks[0]
@@ -111,7 +111,7 @@ def test_the_dry_run_holds_no_features():
 
 def test_paths_by_hand_run_in_order():
     backbone = MODELS.build(dict(RESNET18))
-    stages, _ = find_stages(backbone, ['layer3', 'layer1.0'])
+    stages, *_ = find_stages(backbone, ['layer3', 'layer1.0'])
     assert [(s.name, s.path, s.channels) for s in stages] == [('stage1', 'layer1.0', 8),
                                                               ('stage2', 'layer3', 32)]
 
@@ -161,7 +161,7 @@ def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     ([conv(3, 4, 2)], [('0', 4, 2)]),
 ])
 def test_a_plain_stack_of_layers(layers, ends):
-    stages, remarks = find_stages(nn.Sequential(*layers))
+    stages, remarks, _ = find_stages(nn.Sequential(*layers))
     assert [(s.path, s.channels, s.stride) for s in stages] == ends
     assert not remarks
 
@@ -172,15 +172,15 @@ def test_a_row_of_containers_is_cut_into_four():
     backbone = nn.Sequential()
     backbone.add_module('stem', conv(3, 4, 8))
     backbone.add_module('row', nn.Sequential(*row))
-    stages, _ = find_stages(backbone)
+    stages, *_ = find_stages(backbone)
     assert [s.path for s in stages] == ['row.1', 'row.2', 'row.4', 'row']
     backbone.out_indices = (1, 3, 5)
-    stages, _ = find_stages(backbone)
+    stages, *_ = find_stages(backbone)
     assert [s.path for s in stages] == ['row.1', 'row.3', 'row']
 
 
 def test_a_backbone_for_grey_images():
-    stages, _ = find_stages(nn.Sequential(conv(1, 4, 2), nn.ReLU(), conv(4, 8, 2)))
+    stages, *_ = find_stages(nn.Sequential(conv(1, 4, 2), nn.ReLU(), conv(4, 8, 2)))
     assert [(s.channels, s.stride) for s in stages] == [(4, 2), (8, 4)]
 
 
@@ -191,7 +191,7 @@ def test_no_stage_lists_candidates():
     backbone.add_module('pool', nn.MaxPool2d(2))
     with pytest.raises(StageError, match='modules that return feature maps: pool, stem'):
         find_stages(backbone)
-    stages, _ = find_stages(backbone, ['stem', 'pool'])
+    stages, *_ = find_stages(backbone, ['stem', 'pool'])
     assert [(s.channels, s.stride) for s in stages] == [(4, 2), (4, 4)]
 
 

@@ -1,0 +1,4 @@
+from .base import BasePrompt
+from .prompt_block import PromptBlock
+
+__all__ = ['BasePrompt', 'PromptBlock']
