@@ -9,6 +9,7 @@ from .version import __version__, check_environment
 check_environment()
 
 from . import checkpoint  # noqa: E402
+from .engine.config import protune  # noqa: E402
 from .engine.hooks import (  # noqa: E402
     FreezeGuardHook,
     NonFiniteError,
@@ -18,7 +19,7 @@ from .engine.hooks import (  # noqa: E402
     RanksDisagree,
 )
 from .frozen import FrozenSnapshot, FrozenTensorsChanged, audit  # noqa: E402
-from .models import PromptBlock, PromptedBackbone, protune  # noqa: E402
+from .models import PromptBlock, PromptedBackbone  # noqa: E402
 
 checkpoint.register()
 

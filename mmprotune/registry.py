@@ -14,7 +14,7 @@ DATASETS = _roots.Registry(
     'dataset', parent=_roots.DATASETS, scope='mmprotune', locations=['mmprotune.datasets'])
 TRANSFORMS = _roots.Registry(
     'transform', parent=_roots.TRANSFORMS, scope='mmprotune',
-    locations=['mmprotune.datasets', 'mmprotune.engine.data_faults'])
+    locations=['mmprotune.datasets'])
 METRICS = _roots.Registry(
     'metric', parent=_roots.METRICS, scope='mmprotune', locations=['mmprotune.evaluation'])
 EVALUATOR = _roots.Registry(

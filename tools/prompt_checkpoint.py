@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from mmengine.config import DictAction
 
 from mmprotune import checkpoint
-from mmprotune.engine import launch
+from mmprotune.engine import cli
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.verb == 'info':
             info = checkpoint.inspect(args.checkpoint)
         else:
-            cfg = launch.load_config(args.config)
+            cfg = cli.load_config(args.config)
             if args.cfg_options is not None:
                 cfg.merge_from_dict(args.cfg_options)
             if args.verb == 'verify':
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write = checkpoint.extract if args.verb == 'extract' else checkpoint.merge
                 info = write(args.checkpoint, cfg, args.out, force=args.force)
     except OSError as error:  # a missing or unwritable file, an output that exists
-        raise launch.LaunchError(str(error)) from error
+        raise cli.LaunchError(str(error)) from error
     if getattr(args, 'json', False):
         print(json.dumps(info))
         return
@@ -94,4 +94,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(launch.run_tool(main))
+    sys.exit(cli.run_tool(main))

@@ -1,5 +1,4 @@
 from .prompt_block import PromptBlock
 from .prompted_backbone import PromptedBackbone
-from .wrap import protune
 
-__all__ = ['PromptBlock', 'PromptedBackbone', 'protune']
+__all__ = ['PromptBlock', 'PromptedBackbone']

@@ -17,7 +17,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmprotune.checkpoint import check_incoming
+from mmprotune.checkpoints.slim import check_incoming
 from mmprotune.frozen import (
     apply_to_the_rest,
     fingerprint,

@@ -10,7 +10,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, build_optim_wrapper
 from torch import nn
 
 from mmprotune import protune
-from mmprotune.engine import launch
+from mmprotune.engine import cli
 from mmprotune.engine.prompt_rates import set_prompt_rates
 from tests.classification import classifier_cfg
 from tests.conftest import RESNET18, build
@@ -170,7 +170,7 @@ def test_the_runner_of_a_config_in_three_lines(tmp_path):
     cfg.update(model=classifier_cfg(), work_dir=str(tmp_path), launcher='none',
                experiment_name=tmp_path.name, train_dataloader=dict(dataset=dict()),
                train_cfg=dict(by_epoch=True, max_epochs=1))
-    launch.build_runner(cfg)
+    cli.build_runner(cfg)
     assert 'backbone.prompts' in cfg.optim_wrapper.paramwise_cfg.custom_keys
     assert "added 'backbone.prompts'" in next(tmp_path.glob('*/*.log')).read_text()
 

@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 
 from mmprotune import checkpoint
 from mmprotune.checkpoint import CheckpointError
-from mmprotune.engine import launch
+from mmprotune.engine import cli
 from tests.conftest import wake
 from tests.test_tools.conftest import load_tool
 
@@ -148,7 +148,7 @@ def test_resuming_from_half_a_checkpoint(trained, tmp_path, key, value, match):
 
 def _run_tool(capsys, *argv):
     capsys.readouterr()
-    status = launch.run_tool(lambda: tool.main([str(a) for a in argv]))
+    status = cli.run_tool(lambda: tool.main([str(a) for a in argv]))
     out, err = capsys.readouterr()
     return status, out, err
 

@@ -27,8 +27,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS, TRANSFORMS
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from mmprotune import FrozenSnapshot, safe_io
-from mmprotune.engine import launch
+from mmprotune import FrozenSnapshot
+from mmprotune.checkpoints import reading as safe_io
+from mmprotune.engine import cli
 from mmprotune.engine.hooks import freeze_guard_hook
 from tests.test_tools.conftest import load_tool
 
@@ -155,7 +156,7 @@ def run_tool(name: str, argv: list[str], log: str, env: dict[str, str] | None = 
     if size_limit is not None:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (size_limit, size_limit))
-    status = launch.run_tool(lambda: load_tool(name).main(argv))
+    status = cli.run_tool(lambda: load_tool(name).main(argv))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # as a process ends that has nothing to tell its parent

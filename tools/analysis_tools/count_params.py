@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from mmprotune.engine import launch
+from mmprotune.engine import cli
 from mmprotune.models import PromptedBackbone
 
 COLUMNS = ('trainable', 'frozen', 'buffers')
@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Arguments; None means the command line's.
     """
     args = parse_args(argv)
-    cfg = launch.load_config(args.config)
+    cfg = cli.load_config(args.config)
     if args.protune:
-        cfg = launch.wrap_config(cfg)
+        cfg = cli.wrap_config(cfg)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
     model = build(cfg, weights=args.weights)
@@ -68,9 +68,9 @@ def build(cfg: Config, weights: bool = False) -> nn.Module:
         nn.Module: The model.
     """
     if not weights:
-        cfg = launch.without_pretrained(cfg)
+        cfg = cli.without_pretrained(cfg)
     cfg.launcher = 'none'
-    launch.prepare_processes(cfg)
+    cli.prepare_processes(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if cfg.get('data_preprocessor') is not None:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -136,4 +136,4 @@ def table(report: dict) -> str:
 
 
 if __name__ == '__main__':
-    sys.exit(launch.run_tool(main))
+    sys.exit(cli.run_tool(main))

@@ -10,7 +10,6 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
 from torch import Tensor
 
-from mmprotune import safe_io
 from mmprotune.checkpoint import (
     CheckpointError,
     FingerprintMismatch,
@@ -23,6 +22,7 @@ from mmprotune.checkpoint import (
     prompted_parts,
     training_names,
 )
+from mmprotune.checkpoints import reading as safe_io
 from mmprotune.config_nodes import node_of, prompted_nodes, pull_in_files, training_patterns
 from mmprotune.registry import HOOKS, MODELS
 

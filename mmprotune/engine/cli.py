@@ -39,7 +39,7 @@ MODEL_WRAPPERS = Registry(
     'model_wrapper',
     parent=ROOT_MODEL_WRAPPERS,
     scope='mmprotune',
-    locations=['mmprotune.engine.launch'])
+    locations=['mmprotune.engine.cli'])
 
 
 class LaunchError(ValueError):
@@ -78,7 +78,7 @@ def run_tool(main: Callable[[], None]) -> int:
     Returns:
         int: Exit status, 0 or 1.
     """
-    from mmprotune.engine.data_faults import dataset_error
+    from mmprotune.datasets.checked import dataset_error
     try:
         main()
     except Exception as error:
@@ -146,7 +146,7 @@ def wrap_config(cfg: Config, options: dict | None = None) -> Config:
     Returns:
         Config: ``cfg``.
     """
-    from mmprotune.models import protune
+    from mmprotune.engine.config import protune
     if options and 'load_from' in options:
         cfg.load_from = options['load_from']
     try:
@@ -283,7 +283,7 @@ def build_runner(cfg: Config) -> Runner:
     Returns:
         Runner: The Runner. It may be of the type that ``cfg.runner_type`` names.
     """
-    from mmprotune.engine.data_faults import check_data
+    from mmprotune.datasets.checked import check_data
     from mmprotune.engine.prompt_rates import set_prompt_rates
     notices = prepare_processes(cfg)
     rates = set_prompt_rates(cfg)

@@ -14,7 +14,7 @@ from mmprotune.checkpoint import (
     IncompleteCheckpoint,
     UnreadableCheckpoint,
 )
-from mmprotune.engine import launch
+from mmprotune.engine import cli
 from mmprotune.engine.hooks import PromptCheckpointHook
 from tests.classification import classifier_cfg
 from tests.conftest import RESNET18, build, wake
@@ -202,7 +202,7 @@ def test_checkpoints_without_an_optimizer_are_not_overwritten(tmp_path):
     cfg = Config(dict(model={}, work_dir=str(tmp_path), load_from='elsewhere.pth'))
     runner = SimpleNamespace(_resume=True, _load_from=None, work_dir=str(tmp_path), hooks=[],
                              cfg=cfg)
-    for attempt in (lambda: launch.set_resume(cfg, 'auto'),
+    for attempt in (lambda: cli.set_resume(cfg, 'auto'),
                     lambda: PromptCheckpointHook().before_run(runner)):
         with pytest.raises(IncompleteCheckpoint, match=f'{path}: it holds no optimizer.*another '
                                                        f'work_dir, with load_from={path}'):

@@ -8,7 +8,7 @@ from mmengine.model import PretrainedInit
 
 from mmprotune import FreezeGuardHook, PromptedBackbone, protune
 from mmprotune.config_nodes import type_name
-from mmprotune.models.wrap import HOOKS
+from mmprotune.engine.config import HOOKS
 from tests.conftest import RESNET18, build
 
 

@@ -144,7 +144,7 @@ class _DataUnpickler(pickle._Unpickler):
 
 
 _data_pickle = types.SimpleNamespace(
-    __name__='mmprotune.safe_io',
+    __name__='mmprotune.checkpoints.reading',
     Unpickler=_DataUnpickler,
     UnpicklingError=pickle.UnpicklingError,
     load=lambda file, **kwargs: _DataUnpickler(file, **kwargs).load(),

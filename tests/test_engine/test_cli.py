@@ -18,8 +18,8 @@ from torch import distributed, nn
 
 import mmprotune
 from mmprotune.checkpoint import CheckpointError
-from mmprotune.engine import launch
-from mmprotune.engine.data_faults import DataError
+from mmprotune.datasets.checked import DataError
+from mmprotune.engine import cli
 from mmprotune.models import PromptedBackbone
 
 SYNC = dict(type='SyncBN', requires_grad=True)
@@ -28,12 +28,12 @@ MMCV_SYNC = dict(type='MMSyncBN', stats_mode='N', requires_grad=True)
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
+    monkeypatch.setattr(cli, 'get_device', lambda: 'cpu')
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(cli, 'get_device', lambda: 'cuda')
 
 
 @pytest.fixture
@@ -50,14 +50,14 @@ def gloo(tmp_path):
 
 @pytest.mark.parametrize('suffix', ['', '.py'])
 def test_load_config_by_name(suffix):
-    cfg = launch.load_config(f'mmdet::retinanet/retinanet_r50_fpn_1x_coco{suffix}')
+    cfg = cli.load_config(f'mmdet::retinanet/retinanet_r50_fpn_1x_coco{suffix}')
     assert cfg.model.type == 'RetinaNet'
 
 
 def test_load_config_by_path(tmp_path):
     path = tmp_path / 'a.py'
     path.write_text('answer = 42')
-    assert launch.load_config(str(path)).answer == 42
+    assert cli.load_config(str(path)).answer == 42
 
 
 @pytest.mark.parametrize(('name', 'message'), [
@@ -66,18 +66,18 @@ def test_load_config_by_path(tmp_path):
     ('mmnothing::a/b.py', "the package 'mmnothing' is not installed"),
 ])
 def test_load_config_refuses(name, message):
-    with pytest.raises(launch.LaunchError, match=message):
-        launch.load_config(name)
+    with pytest.raises(cli.LaunchError, match=message):
+        cli.load_config(name)
 
 
 def test_wrap_config_names_the_flag():
-    with pytest.raises(launch.LaunchError, match='--protune: .*model.backbone'):
-        launch.wrap_config(Config(dict(model=dict(type='BERT'))))
+    with pytest.raises(cli.LaunchError, match='--protune: .*model.backbone'):
+        cli.wrap_config(Config(dict(model=dict(type='BERT'))))
 
 
 def test_wrap_config_knows_the_file_of_the_command_line():
     cfg = Config(dict(model=dict(backbone=dict(type='ResNet')), load_from='old.pth'))
-    assert launch.wrap_config(cfg, {'load_from': 'new.pth'}).model.backbone.frozen_from == 'new.pth'
+    assert cli.wrap_config(cfg, {'load_from': 'new.pth'}).model.backbone.frozen_from == 'new.pth'
 
 
 @pytest.mark.parametrize(('config', 'given', 'in_config', 'expected'), [
@@ -88,7 +88,7 @@ def test_wrap_config_knows_the_file_of_the_command_line():
 ])
 def test_work_dir(config, given, in_config, expected):
     cfg = Config(dict(work_dir=in_config))
-    launch.set_work_dir(cfg, argparse.Namespace(config=config, work_dir=given), suffix='_x')
+    cli.set_work_dir(cfg, argparse.Namespace(config=config, work_dir=given), suffix='_x')
     assert cfg.work_dir == expected
 
 
@@ -102,7 +102,7 @@ def test_without_pretrained():
                 type='mmprotune.PromptedBackbone', backbone=dict(type='ResNet', init_cfg=file)),
             heads=[dict(type='Head', init_cfg=[file, other]), dict(type='H', init_cfg=other)]),
         load_from='x.pth'))
-    cfg = launch.without_pretrained(stock)
+    cfg = cli.without_pretrained(stock)
     assert 'Pretrained' not in cfg.pretty_text
     assert 'resnet50_v1c' not in cfg.pretty_text
     assert cfg.model.backbone['freeze'] == 'all'
@@ -113,7 +113,7 @@ def test_without_pretrained():
 
 def test_without_pretrained_of_classes_and_whole_models():
     file = dict(type=PretrainedInit, checkpoint='x.pth')
-    cfg = launch.without_pretrained(Config(dict(model=dict(
+    cfg = cli.without_pretrained(Config(dict(model=dict(
         init_cfg=dict(file),
         backbone=dict(type=PromptedBackbone, frozen_from='y.pth',
                       backbone=dict(type='ResNet', init_cfg=[file])),))))
@@ -128,61 +128,61 @@ def test_resume_from_a_file(tmp_path):
     file = tmp_path / 'a.pth'
     file.touch()
     cfg = Config(dict(work_dir=str(tmp_path), load_from='weights.pth', resume=False))
-    launch.set_resume(cfg, str(file))
+    cli.set_resume(cfg, str(file))
     assert (cfg.resume, cfg.load_from) == (True, str(file))
 
 
 def test_resume_auto(tmp_path):
     cfg = Config(dict(work_dir=str(tmp_path), load_from='weights.pth', resume=False))
-    launch.set_resume(cfg, 'auto')
+    cli.set_resume(cfg, 'auto')
     # Nothing to resume: what the config said stays.
     assert (cfg.resume, cfg.load_from) == (False, 'weights.pth')
 
     newest = tmp_path / 'epoch_2.pth'
     torch.save(dict(optimizer={}), newest)
     (tmp_path / 'last_checkpoint').write_text(str(newest))
-    launch.set_resume(cfg, 'auto')
+    cli.set_resume(cfg, 'auto')
     assert (cfg.resume, cfg.load_from) == (True, str(newest))
 
 
 def test_resume_from_nothing(tmp_path):
     cfg = Config(dict(work_dir=str(tmp_path)))
-    with pytest.raises(launch.LaunchError, match='--resume: no file'):
-        launch.set_resume(cfg, str(tmp_path / 'none.pth'))
-    launch.set_resume(cfg, None)
+    with pytest.raises(cli.LaunchError, match='--resume: no file'):
+        cli.set_resume(cfg, str(tmp_path / 'none.pth'))
+    cli.set_resume(cfg, None)
     assert 'resume' not in cfg
-    launch.check_checkpoint_path('load_from', 'https://example.org/a.pth')  # not a local file
+    cli.check_checkpoint_path('load_from', 'https://example.org/a.pth')  # not a local file
 
 
 def test_amp(on_gpu):
     cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
-    launch.use_amp(cfg)
+    cli.use_amp(cfg)
     assert cfg.optim_wrapper == dict(type='AmpOptimWrapper', loss_scale='dynamic')
     cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper', loss_scale=512.)))
-    launch.use_amp(cfg)
+    cli.use_amp(cfg)
     assert cfg.optim_wrapper.loss_scale == 512.
-    with pytest.raises(launch.LaunchError, match="optim_wrapper.type must be .* got 'Own'"):
-        launch.use_amp(Config(dict(optim_wrapper=dict(type='Own'))))
+    with pytest.raises(cli.LaunchError, match="optim_wrapper.type must be .* got 'Own'"):
+        cli.use_amp(Config(dict(optim_wrapper=dict(type='Own'))))
 
 
 def test_amp_of_a_class(on_gpu):
     cfg = Config(dict(optim_wrapper=dict(type=OptimWrapper)))
-    launch.use_amp(cfg)
+    cli.use_amp(cfg)
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
 
 
 def test_amp_without_gpu(on_cpu):
-    with pytest.raises(launch.LaunchError, match='--amp needs a GPU'):
-        launch.use_amp(Config(dict(optim_wrapper=dict(type='OptimWrapper'))))
+    with pytest.raises(cli.LaunchError, match='--amp needs a GPU'):
+        cli.use_amp(Config(dict(optim_wrapper=dict(type='OptimWrapper'))))
 
 
 def test_auto_scale_lr():
     cfg = Config(dict(auto_scale_lr=dict(enable=False, base_batch_size=16)))
-    launch.use_auto_scale_lr(cfg)
+    cli.use_auto_scale_lr(cfg)
     assert cfg.auto_scale_lr.enable is True
     for without in (dict(), dict(auto_scale_lr=dict(enable=False))):
-        with pytest.raises(launch.LaunchError, match='auto_scale_lr.base_batch_size'):
-            launch.use_auto_scale_lr(Config(without))
+        with pytest.raises(cli.LaunchError, match='auto_scale_lr.base_batch_size'):
+            cli.use_auto_scale_lr(Config(without))
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def segmentor(norm_cfg: dict) -> Config:
 def test_plain_config_is_left_alone(on_cpu):
     cfg = segmentor(dict(type='BN', requires_grad=True))
     before = cfg.pretty_text
-    assert launch.prepare_processes(cfg) == []
+    assert cli.prepare_processes(cfg) == []
     assert cfg.pretty_text == before
 
 
@@ -215,10 +215,10 @@ def test_sync_bn_in_one_process(tmp_path, norm_cfg, prompted):
     from mmseg.structures import SegDataSample
     cfg = segmentor(norm_cfg)
     if prompted:
-        cfg = launch.wrap_config(cfg)
+        cfg = cli.wrap_config(cfg)
         cfg.model.backbone['freeze'] = 'all'  # addict has a method of that name
     cfg.update(work_dir=str(tmp_path), default_scope='mmseg', experiment_name=f'{tmp_path.name}')
-    runner = launch.build_runner(cfg)
+    runner = cli.build_runner(cfg)
     log = next(tmp_path.glob('*/*.log')).read_text()
     assert f'{norm_cfg["type"]} in the config: reverted to BatchNorm' in log
 
@@ -236,7 +236,7 @@ def test_sync_bn_in_one_process(tmp_path, norm_cfg, prompted):
 @pytest.mark.parametrize('kind', [nn.SyncBatchNorm, MMCVSyncBatchNorm])
 def test_sync_bn_classes_in_one_process(kind):
     cfg = segmentor(dict(type=kind))
-    notice, = launch.prepare_processes(cfg)
+    notice, = cli.prepare_processes(cfg)
     assert 'SyncBN in the config: reverted to BatchNorm' in notice
     # mmcv's cannot even be built without a group.
     expected = kind if kind is nn.SyncBatchNorm else 'SyncBN'
@@ -247,14 +247,14 @@ def test_sync_bn_on_gpus_stays(on_gpu):
     cfg = segmentor(MMCV_SYNC)
     cfg.launcher = 'pytorch'
     before = cfg.pretty_text
-    assert launch.prepare_processes(cfg) == []
+    assert cli.prepare_processes(cfg) == []
     assert cfg.pretty_text == before
 
 
 def test_cpu_processes(on_cpu, gloo):
     cfg = segmentor(MMCV_SYNC)
     cfg.update(launcher='pytorch', sync_bn='torch', find_unused_parameters=True)
-    notices = launch.prepare_processes(cfg)
+    notices = cli.prepare_processes(cfg)
     assert any('gloo' in notice for notice in notices)
     assert any('MMSyncBN, sync_bn=torch' in notice for notice in notices)
     assert cfg.sync_bn is None
@@ -266,8 +266,8 @@ def test_cpu_processes(on_cpu, gloo):
 def test_config_of_a_cpu_run_goes_on_gpus(on_gpu):
     cfg = Config(dict(
         launcher='pytorch', model=dict(type='A'),
-        model_wrapper_cfg=dict(type=launch.CPU_WRAPPER, device_ids=None)))
-    launch.prepare_processes(cfg)
+        model_wrapper_cfg=dict(type=cli.CPU_WRAPPER, device_ids=None)))
+    cli.prepare_processes(cfg)
     assert cfg.model_wrapper_cfg is None
 
 
@@ -275,7 +275,7 @@ def test_cpu_processes_keep_another_wrapper(on_cpu, gloo):
     cfg = Config(dict(
         launcher='pytorch', model=dict(type='A'),
         model_wrapper_cfg=dict(type='MMSeparateDistributedDataParallel')))
-    launch.prepare_processes(cfg)
+    cli.prepare_processes(cfg)
     assert cfg.model_wrapper_cfg == dict(
         type='MMSeparateDistributedDataParallel', device_ids=None)
 
@@ -286,7 +286,7 @@ def test_cpu_wrapper_reverts_sync_bn(gloo):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4), SyncBatchNorm(4))
     params = list(model.parameters())
     # As the Runner builds it, from any host's scope.
-    wrapped = launch.ROOT_MODEL_WRAPPERS.build(
+    wrapped = cli.ROOT_MODEL_WRAPPERS.build(
         dict(type='mmprotune.CPUDistributedDataParallel', module=model, device_ids=[0],
              broadcast_buffers=False))
     assert wrapped.device_ids is None
@@ -300,8 +300,8 @@ def test_cpu_wrapper_reverts_sync_bn(gloo):
 def test_started_without_the_launcher(on_cpu, monkeypatch, launcher):
     for name in ('RANK', 'WORLD_SIZE', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(launch.LaunchError, match=f'--launcher {launcher}: .*RANK|.*PROCID'):
-        launch.prepare_processes(Config(dict(launcher=launcher, model=dict(type='A'))))
+    with pytest.raises(cli.LaunchError, match=f'--launcher {launcher}: .*RANK|.*PROCID'):
+        cli.prepare_processes(Config(dict(launcher=launcher, model=dict(type='A'))))
 
 
 @pytest.mark.parametrize(('launcher', 'prefix', 'names'), [
@@ -318,9 +318,9 @@ def test_environment_of_launchers(on_cpu, monkeypatch, launcher, prefix, names):
         monkeypatch.setenv(prefix + name, value)
     calls = []
     monkeypatch.setattr(
-        launch.torch_dist, 'init_process_group',
+        cli.torch_dist, 'init_process_group',
         lambda backend, **kwargs: calls.append((backend, kwargs['timeout'].total_seconds())))
-    launch.prepare_processes(
+    cli.prepare_processes(
         Config(dict(
             launcher=launcher, model=dict(type='A'),
             env_cfg=dict(dist_cfg=dict(backend='nccl', port=1234, timeout=60)))))
@@ -338,10 +338,10 @@ def test_each_attempt_has_keys_of_its_own(on_cpu, monkeypatch, agents, restarts,
                             TORCHELASTIC_RESTART_COUNT=restarts).items():
         monkeypatch.setenv(name, value)
     common, calls = distributed.HashStore(), []
-    monkeypatch.setattr(launch, 'rendezvous', lambda url: iter([(common, 1, 4)]))
-    monkeypatch.setattr(launch.torch_dist, 'init_process_group',
+    monkeypatch.setattr(cli, 'rendezvous', lambda url: iter([(common, 1, 4)]))
+    monkeypatch.setattr(cli.torch_dist, 'init_process_group',
                         lambda backend, **kwargs: calls.append((backend, kwargs)))
-    launch.prepare_processes(Config(dict(launcher='pytorch', model=dict(type='A'))))
+    cli.prepare_processes(Config(dict(launcher='pytorch', model=dict(type='A'))))
     (backend, kwargs), = calls
     assert backend == 'gloo'
     if key is None:
@@ -359,7 +359,7 @@ def test_data_loaders_of_mmpretrain():
     cfg = Config(dict(
         train_dataloader=dict(batch_size=2, num_workers=2),
         val_dataloader=dict(num_workers=0, pin_memory=False), test_dataloader=None))
-    launch._set_dataloader_defaults(cfg)
+    cli._set_dataloader_defaults(cfg)
     collate = dict(type='default_collate')
     assert cfg.train_dataloader == dict(
         batch_size=2, num_workers=2, pin_memory=True, persistent_workers=True, collate_fn=collate)
@@ -374,7 +374,7 @@ def test_frozen_parameters_are_told_of_once():
     handler = logging.Handler()
     handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))
     logger.addHandler(handler)
-    logger.addFilter(launch._OneFrozenNotice())
+    logger.addFilter(cli._OneFrozenNotice())
 
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     model[:2].requires_grad_(False)
@@ -411,12 +411,12 @@ def test_errors_without_traceback(monkeypatch, capsys, kind):
 
     monkeypatch.delenv('MMPROTUNE_DEBUG', raising=False)
     monkeypatch.setattr('sys.argv', ['somewhere/train.py'])
-    assert launch.run_tool(main) == 1
+    assert cli.run_tool(main) == 1
     assert capsys.readouterr().err == 'train.py: error: load_from: what is wrong\n'
 
     monkeypatch.setenv('MMPROTUNE_DEBUG', '1')
     with pytest.raises(kind, match='what is wrong'):
-        launch.run_tool(main)
+        cli.run_tool(main)
 
 
 def test_downloads_that_fail(monkeypatch, capsys, tmp_path):
@@ -425,7 +425,7 @@ def test_downloads_that_fail(monkeypatch, capsys, tmp_path):
         raise URLError('no route')
 
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
-    assert launch.run_tool(main) == 1
+    assert cli.run_tool(main) == 1
     message = capsys.readouterr().err
     assert 'could not be downloaded: <urlopen error no route>' in message
     assert str(tmp_path / 'checkpoints') in message
@@ -433,12 +433,12 @@ def test_downloads_that_fail(monkeypatch, capsys, tmp_path):
 
 def test_other_errors_pass():
     with pytest.raises(KeyError, match='host'):
-        launch.run_tool(lambda: {}['host'])
-    assert launch.run_tool(lambda: None) == 0
+        cli.run_tool(lambda: {}['host'])
+    assert cli.run_tool(lambda: None) == 0
 
 
 def test_group_is_left_at_the_end(tmp_path):
     distributed.init_process_group(
         'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    assert launch.run_tool(lambda: None) == 0
+    assert cli.run_tool(lambda: None) == 0
     assert not distributed.is_initialized()

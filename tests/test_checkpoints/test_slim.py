@@ -24,7 +24,7 @@ from mmprotune.checkpoint import (
 from tests.conftest import RESNET18, build, wake
 from tests.detection import detector_cfg, draw_coco, run
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope='module')
@@ -407,7 +407,7 @@ def test_the_tool(trained, tmp_path):
 def test_plain_types_round_trip(tmp_path):
     from mmengine.logging import HistoryBuffer
 
-    from mmprotune.safe_io import from_plain, to_plain, write
+    from mmprotune.checkpoints.reading import from_plain, to_plain, write
     history = HistoryBuffer([1., 2.], [1, 1])
     content = dict(
         history=history, array=np.arange(3), scalar=np.float32(2), flag=np.bool_(True),
@@ -425,13 +425,13 @@ def test_plain_types_round_trip(tmp_path):
 
 
 def test_what_is_not_plain_is_left_out_and_named():
-    from mmprotune.safe_io import to_plain
+    from mmprotune.checkpoints.reading import to_plain
     with pytest.warns(UserWarning, match=r"meta\['thing'\] is left out.*object is neither"):
         assert to_plain(dict(a=1, thing=object()), 'meta') == dict(a=1)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    from mmprotune import safe_io
+    from mmprotune.checkpoints import reading as safe_io
     path = tmp_path / 'a.pth'
     path.write_bytes(b'old')
 
