@@ -12,19 +12,23 @@ from . import checkpoint  # noqa: E402
 from .engine.config import protune  # noqa: E402
 from .engine.hooks import (  # noqa: E402
     FreezeGuardHook,
-    NonFiniteError,
     NonFiniteGuardHook,
     PromptCheckpointHook,
     PromptStatsHook,
+)
+from .errors import (  # noqa: E402
+    FrozenTensorsChanged,
+    MMProtuneError,
+    NonFiniteError,
     RanksDisagree,
 )
-from .frozen import FrozenSnapshot, FrozenTensorsChanged, audit  # noqa: E402
+from .frozen import FrozenSnapshot, audit  # noqa: E402
 from .models import PromptBlock, PromptedBackbone  # noqa: E402
 
 checkpoint.register()
 
 __all__ = [
-    'FreezeGuardHook', 'FrozenSnapshot', 'FrozenTensorsChanged', 'NonFiniteError',
+    'FreezeGuardHook', 'FrozenSnapshot', 'FrozenTensorsChanged', 'MMProtuneError', 'NonFiniteError',
     'NonFiniteGuardHook', 'PromptBlock', 'PromptCheckpointHook', 'PromptStatsHook',
     'PromptedBackbone', 'RanksDisagree', '__version__', 'audit', 'checkpoint', 'protune'
 ]

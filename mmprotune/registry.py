@@ -19,3 +19,6 @@ METRICS = _roots.Registry(
     'metric', parent=_roots.METRICS, scope='mmprotune', locations=['mmprotune.evaluation'])
 EVALUATOR = _roots.Registry(
     'evaluator', parent=_roots.EVALUATOR, scope='mmprotune', locations=['mmprotune.evaluation'])
+MODEL_WRAPPERS = _roots.Registry(
+    'model_wrapper', parent=_roots.MODEL_WRAPPERS, scope='mmprotune',
+    locations=['mmprotune.engine.processes'])

@@ -15,6 +15,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS, OPTIM_WRAPPERS, init_default_scope
 from mmengine.runner import set_random_seed
 
+from mmprotune.config_nodes import without_pretrained
 from mmprotune.datasets import LongTailedDataset
 from mmprotune.engine import cli
 from mmprotune.evaluation.class_map import MAPS
@@ -53,7 +54,7 @@ def load(*args, **env):
 
 def build(cfg):
     init_default_scope('mmpretrain')
-    cfg = cli.without_pretrained(cfg)
+    cfg = without_pretrained(cfg)
     cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     set_random_seed(0)
     model = MODELS.build(cfg.model)

@@ -14,7 +14,9 @@ import yaml
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import set_random_seed
 
+from mmprotune.config_nodes import without_pretrained
 from mmprotune.engine import cli
+from mmprotune.engine.runner import build_runner
 from mmprotune.models import PromptedBackbone
 from mmprotune.testing.noise_batch import noise_item
 
@@ -127,13 +129,13 @@ def test_methods_differ_in_the_backbone_only():
 
 @all_configs_to_train
 def test_one_step_changes_the_declared_parameters_only(path, cfg, tmp_path):
-    cfg = cli.without_pretrained(cfg)
+    cfg = without_pretrained(cfg)
     make_small(cfg)
     cfg.launcher = 'none'
     cfg.work_dir = str(tmp_path)
     cfg.experiment_name = path.stem
     set_random_seed(0)
-    runner = cli.build_runner(cfg)
+    runner = build_runner(cfg)
     model = runner.model
     model.init_weights()
     optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)

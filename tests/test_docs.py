@@ -17,7 +17,9 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
 
+from mmprotune.config_nodes import without_pretrained
 from mmprotune.engine import cli
+from mmprotune.engine.runner import build_runner
 from mmprotune.testing.noise_batch import noise_item
 from tests.test_configs import ROOT, SIZE, make_small
 
@@ -58,13 +60,13 @@ def test_config_snippets_train_prompts_and_head(code, tmp_path):
     cfg = cli.load_config(str(file))
     if 'PromptedBackbone' not in str(cfg.model.backbone.type):
         pytest.skip('only inherits hooks')
-    cfg = cli.without_pretrained(cfg)
+    cfg = without_pretrained(cfg)
     assert cfg.model.backbone['freeze'] == 'all'
     assert [hook['type'].partition('.')[0] for hook in cfg.custom_hooks][:3] == ['mmprotune'] * 3
     make_small(cfg)
     cfg.launcher, cfg.work_dir = 'none', str(tmp_path / 'run')
     cfg.experiment_name = file.stem
-    runner = cli.build_runner(cfg)
+    runner = build_runner(cfg)
     runner.model.init_weights()
     optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ from mmengine.config import DictAction
 
 from mmprotune import checkpoint
 from mmprotune.engine import cli
+from mmprotune.errors import LaunchError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write = checkpoint.extract if args.verb == 'extract' else checkpoint.merge
                 info = write(args.checkpoint, cfg, args.out, force=args.force)
     except OSError as error:  # a missing or unwritable file, an output that exists
-        raise cli.LaunchError(str(error)) from error
+        raise LaunchError(str(error)) from error
     if getattr(args, 'json', False):
         print(json.dumps(info))
         return

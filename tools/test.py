@@ -13,6 +13,8 @@ from mmengine.evaluator import DumpResults
 from mmengine.registry import HOOKS, init_default_scope
 
 from mmprotune.engine import cli
+from mmprotune.engine.runner import build_runner
+from mmprotune.errors import LaunchError
 
 # Used where a config with --tta has no tta_model of its own.
 TTA_MODELS = dict(
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
-        raise cli.LaunchError(f'--out must end with .pkl or .pickle, got {args.out!r}')
+        raise LaunchError(f'--out must end with .pkl or .pickle, got {args.out!r}')
     cli.check_checkpoint_path('checkpoint', args.checkpoint)
 
     cfg = cli.load_config(args.config)
@@ -65,14 +67,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg.resume = False
     if args.show or args.show_dir:
         if args.tta and cfg.get('default_scope') == 'mmpretrain':
-            raise cli.LaunchError(
+            raise LaunchError(
                 "--tta: mmpretrain's hook draws what the model saw, which are several versions of "
                 'an image here; leave --show and --show-dir out')
         draw_predictions(cfg, args)
     if args.tta:
         use_tta(cfg)
 
-    runner = cli.build_runner(cfg)
+    runner = build_runner(cfg)
     if args.out is not None:
         runner.test_evaluator.metrics.append(_dump_metric(cfg)(out_file_path=args.out))
     runner.test()
@@ -90,7 +92,7 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     """
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
-        raise cli.LaunchError(
+        raise LaunchError(
             '--show and --show-dir need a hook that draws: the config has no '
             'default_hooks.visualization')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
@@ -99,7 +101,7 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
         with HOOKS.switch_scope_and_registry(hook.get('_scope_')) as registry:
             cls = registry.get(cls)
     if cls is None:
-        raise cli.LaunchError(
+        raise LaunchError(
             f"default_hooks.visualization.type={hook['type']!r} is not registered")
     # The libraries' hooks do the same under different names.
     names = inspect.signature(cls.__init__).parameters
@@ -132,7 +134,7 @@ def use_tta(cfg: Config) -> None:
     if cfg.get('tta_model') is None:
         scope = cfg.get('default_scope')
         if scope not in TTA_MODELS:
-            raise cli.LaunchError(
+            raise LaunchError(
                 f'--tta: the config has no tta_model, and default_scope={scope!r} is none of '
                 f'{sorted(TTA_MODELS)}')
         cfg.tta_model = TTA_MODELS[scope]

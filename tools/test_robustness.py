@@ -15,11 +15,11 @@ from mmengine.registry import init_default_scope
 from mmengine.utils import ProgressBar
 
 from mmprotune.engine import cli
-from mmprotune.evaluation import ClassMapError, mean_corruption_error
+from mmprotune.errors import ClassMapError, LaunchError, ScenarioError
+from mmprotune.evaluation import mean_corruption_error
 from mmprotune.evaluation.scenarios import (
     SCENARIOS,
     Options,
-    ScenarioError,
     describe_checkpoint,
     make_cells,
     run_cell,
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.launcher != 'none':
-        raise cli.LaunchError('--launcher: the scenarios run in one process')
+        raise LaunchError('--launcher: the scenarios run in one process')
     cli.check_checkpoint_path('checkpoint', args.checkpoint)
     reference = read_reference(args.reference)
     cfg = cli.load_config(args.config)
@@ -90,9 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                           describe_run(args, options))
         report['summary'] = summarise(args.scenario, report['cells'], reference)
     except (ClassMapError, ScenarioError, ImportError, OSError, ValueError) as error:
-        if isinstance(error, cli.LaunchError):
+        if isinstance(error, LaunchError):
             raise
-        raise cli.LaunchError(f'--scenario {args.scenario}: {error}') from error
+        raise LaunchError(f'--scenario {args.scenario}: {error}') from error
     write_json(osp.join(out, f'{args.scenario}.json'), report)
     text = table(report)
     with open(osp.join(out, f'{args.scenario}.txt'), 'w', encoding='utf-8') as file:
@@ -140,7 +140,7 @@ def read_reference(path: str | None) -> dict | None:
             cells = json.load(file)['cells']
         return errors_of(cells)
     except (OSError, KeyError, ValueError) as error:
-        raise cli.LaunchError(
+        raise LaunchError(
             f'--reference: {path!r} is no corruption.json: {error!r}') from error
 
 

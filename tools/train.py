@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from mmprotune.engine import cli
+from mmprotune.engine.runner import build_runner
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.get('load_from'):
         cli.check_checkpoint_path('load_from', cfg.load_from)
 
-    cli.build_runner(cfg).train()
+    build_runner(cfg).train()
 
 
 if __name__ == '__main__':

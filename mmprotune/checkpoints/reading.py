@@ -1,11 +1,9 @@
-"""Reading checkpoints without running code, and writing them whole or not at all."""
+"""Reading checkpoints without running code."""
 from __future__ import annotations
 
 import collections
-import contextlib
 import io
 import os
-import pathlib
 import pickle
 import re
 import sys
@@ -13,32 +11,14 @@ import tarfile
 import types
 import warnings
 import zipfile
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
-BACKEND = 'mmprotune_atomic'
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message says which and why."""
-
-
-class UnreadableCheckpoint(CheckpointError):
-    """The file is truncated, damaged, no checkpoint, or holds more than data."""
-
-
-class CheckpointNotWritten(CheckpointError, OSError):
-    """A file could not be written: the disk is full, say. What was there before still is."""
-
-
-# --- reading ---------------------------------------------------------------------------------
+from mmprotune.errors import UnreadableCheckpoint
 
 
 def _statistic(owner: Any, name: Any) -> Any:
@@ -255,235 +235,16 @@ def _read_safetensors(path: str, map_location: Any) -> dict[str, Tensor]:
     return {k: v.to(map_location) for k, v in tensors.items()}
 
 
-# --- plain types -----------------------------------------------------------------------------
-
-_TYPE = '__mmprotune_type__'
-_LEAVE_OUT = object()
-
-
-def to_plain(value: Any, where: str = 'checkpoint') -> Any:
-    """Turns what MMEngine puts into a checkpoint into tensors and plain types.
-
-    Args:
-        value: Any object.
-        where (str): Its place in the checkpoint, for the warning.
-
-    Returns:
-        An equal structure of dict, list, tuple, str, numbers, bool, None and tensors. History
-        buffers, counters and arrays become tagged dicts, which :func:`from_plain` turns back;
-        anything else is left out with a warning.
-    """
-    plain = _plain(value, where)
-    return None if plain is _LEAVE_OUT else plain
+def state_dict_of(checkpoint: Any, path: str) -> dict[str, Tensor]:
+    state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state_dict, dict) or not state_dict or not all(
+            isinstance(k, str) and is_plain(v) for k, v in state_dict.items()):
+        raise UnreadableCheckpoint(f'{path}: expected a state dict of tensors, got '
+                                   f'{type(checkpoint).__name__}')
+    return state_dict
 
 
-def _plain(value: Any, where: str) -> Any:
-    if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, Tensor):
-        return value
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return {_TYPE: 'ndarray', 'data': torch.from_numpy(np.ascontiguousarray(value))}
-    if isinstance(value, HistoryBuffer):
-        log, count = value.data
-        return {
-            _TYPE: 'HistoryBuffer',
-            'log': torch.from_numpy(np.array(log, dtype=np.float64)),
-            'count': torch.from_numpy(np.array(count, dtype=np.float64)),
-            'max_length': value.max_length
-        }
-    if isinstance(value, collections.Counter):  # of a learning-rate scheduler
-        return {_TYPE: 'Counter', 'items': [[_plain(k, where), n] for k, n in value.items()]}
-    if isinstance(value, Mapping):
-        items = ((k if type(k) in (int, float, bool, tuple, type(None)) else str(k),
-                  _plain(v, f'{where}[{k!r}]')) for k, v in value.items())
-        return {k: v for k, v in items if v is not _LEAVE_OUT}
-    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
-        items = [_plain(v, f'{where}[{i}]') for i, v in enumerate(value)]
-        items = [v for v in items if v is not _LEAVE_OUT]
-        return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, (str, pathlib.PurePath)):
-        return str(value)
-    for kind in (bool, int, float):  # subclasses, enumerations among them
-        if isinstance(value, kind):
-            return kind(value)
-    warnings.warn(f'{where} is left out of the checkpoint: {type(value).__name__} is neither a '
-                  'tensor nor a plain type', stacklevel=2)
-    return _LEAVE_OUT
-
-
-def from_plain(value: Any, where: str = 'checkpoint') -> Any:
-    """The inverse of :func:`to_plain` for history buffers, counters and arrays.
-
-    Args:
-        value: What :func:`read` returned, or a part of it. Changed in place.
-        where (str): Its place in the checkpoint, for the error.
-
-    Raises:
-        UnreadableCheckpoint: Something in it is not what :func:`to_plain` makes.
-    """
-    try:
-        return _from_plain(value)
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise UnreadableCheckpoint(
-            f'{where} is malformed: {type(error).__name__}: {error}') from error
-
-
-def _from_plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        kind = value.get(_TYPE)
-        if kind == 'ndarray':
-            return value['data'].cpu().numpy()
-        if kind == 'Counter':
-            return collections.Counter(dict(value['items']))
-        if kind == 'HistoryBuffer':
-            return HistoryBuffer(
-                value['log'].cpu().numpy(), value['count'].cpu().numpy(), value['max_length'])
-        for key, item in value.items():
-            value[key] = _from_plain(item)
-        return value
-    if isinstance(value, list):
-        return [_from_plain(v) for v in value]
-    if type(value) is tuple:
-        return tuple(_from_plain(v) for v in value)
-    return value
-
-
-# --- writing ---------------------------------------------------------------------------------
-
-
-def write_bytes(data: bytes, path: str | os.PathLike) -> None:
-    """Writes a file whole or not at all: to a temporary name beside it, synced, then renamed.
-
-    The temporary file is locked while it is written, so that one whose writer was killed can be
-    told from one in use; :func:`remove_stale` and the next write of the same name remove it.
-
-    Args:
-        data (bytes): Content.
-        path (str | os.PathLike): Where; its folder is made when missing.
-
-    Raises:
-        CheckpointNotWritten: Writing failed; what was at ``path`` before is untouched.
-    """
-    path = os.path.abspath(os.fspath(path))
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f'.{name}.{os.getpid()}.tmp')
-    try:
-        os.makedirs(folder, exist_ok=True)
-        remove_stale(folder, name)
-        try:
-            with open(temporary, 'wb') as file:
-                _lock(file)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-        if os.name == 'posix':  # the new name itself must survive a power cut
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    except OSError as error:
-        before = 'what was there before is untouched' if os.path.exists(path) else \
-            'nothing is there'
-        raise CheckpointNotWritten(
-            f'{path} ({len(data)} bytes) could not be written: {error.strerror or error}; {before}'
-        ) from error
-
-
-def _lock(file: io.IOBase) -> bool:
-    """Locks a file for this process, until it ends or closes it. False: another one holds it."""
-    if os.name != 'posix':
-        return True
-    import fcntl
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return os.path.basename(file.name).split('.')[-2] == str(os.getpid())
-    return True
-
-
-def remove_stale(folder: str | os.PathLike, name: str | None = None) -> list[str]:
-    """Removes temporary files whose writers were killed.
-
-    Args:
-        folder (str | os.PathLike): Where; not below it.
-        name (str, optional): Of the file that was being written. Defaults to any.
-
-    Returns:
-        list[str]: Paths of the removed files.
-    """
-    pattern = re.compile(r'\.' + ('.+' if name is None else re.escape(name)) + r'\.\d+\.tmp')
-    removed = []
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-        for entry in entries:
-            if not pattern.fullmatch(entry.name):
-                continue
-            with contextlib.suppress(OSError), open(entry.path, 'rb') as file:
-                if _lock(file):
-                    os.unlink(entry.path)
-                    removed.append(entry.path)
-    return sorted(removed)
-
-
-def write(checkpoint: Any, path: str | os.PathLike) -> int:
-    """Writes a checkpoint of tensors and plain types atomically.
-
-    Args:
-        checkpoint: What to write; must load under ``weights_only=True``.
-        path (str | os.PathLike): Where.
-
-    Returns:
-        int: Bytes written.
-    """
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_bytes(buffer.getvalue(), path)
-    return buffer.tell()
-
-
-class AtomicLocalBackend(LocalBackend):
-    """MMEngine's local file backend, with writes that happen whole or not at all.
-
-    MMEngine's checkpoint hook removes the oldest checkpoint before it writes the newest. With one
-    to keep, a process that dies in between leaves none. So what is removed goes when the next file
-    has been written.
-    """
-    _doomed: list[str] = []  # of all instances: MMEngine makes one a file
-
-    def put(self, obj: bytes | memoryview, filepath: str | os.PathLike) -> None:
-        write_bytes(bytes(obj), filepath)
-        written = os.path.abspath(filepath)
-        for path in list(self._doomed):
-            if os.path.dirname(path) == os.path.dirname(written):
-                self._doomed.remove(path)
-                if path != written:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.remove(path)
-
-    def put_text(self, obj: str, filepath: str | os.PathLike, encoding: str = 'utf-8') -> None:
-        write_bytes(obj.encode(encoding), filepath)
-
-    def remove(self, filepath: str | os.PathLike) -> None:
-        if not self.isfile(filepath):
-            raise FileNotFoundError(f'{os.fspath(filepath)} is no file')
-        self._doomed.append(os.path.abspath(filepath))
-
-
-def register() -> None:
-    """Makes MMEngine read local checkpoints with :func:`read`, and adds the atomic backend.
-
-    MMEngine 0.10 hands its own checkpoints to ``torch.load`` with defaults that newer PyTorch
-    refuses; with this, ``load_from``, ``resume`` and the inferencers read them, and safely.
-    """
-    CheckpointLoader.register_scheme(
-        prefixes='', loader=lambda filename, map_location=None: read(filename, map_location),
-        force=True)
-    register_backend(BACKEND, AtomicLocalBackend, force=True)
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor of numbers in memory: not sparse, quantized or without data."""
+    return isinstance(tensor, Tensor) and tensor.layout == torch.strided and \
+        not tensor.is_quantized and not tensor.is_meta

@@ -1,15 +1,10 @@
-"""What the command-line tools share: reading a config, setting up processes, building a Runner."""
+"""What the command-line tools share: arguments, flags, reading a config, printing errors."""
 from __future__ import annotations
 
 import argparse
-import copy
-import datetime
 import importlib.util
-import logging
 import os
 import os.path as osp
-import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,28 +17,12 @@ from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.hub import get_config
 from mmengine.logging import MMLogger
-from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
-from mmengine.registry import MODEL_WRAPPERS as ROOT_MODEL_WRAPPERS
-from mmengine.registry import RUNNERS, Registry
-from mmengine.runner import Runner
-from torch.distributed import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
-from mmprotune.config_nodes import dicts_in, file_of, type_name
-
-# mmcv's names of the layer that synchronises batch statistics between processes.
-SYNC_BN_TYPES = ('SyncBN', 'MMSyncBN')
-CPU_WRAPPER = 'mmprotune.CPUDistributedDataParallel'
-
-MODEL_WRAPPERS = Registry(
-    'model_wrapper',
-    parent=ROOT_MODEL_WRAPPERS,
-    scope='mmprotune',
-    locations=['mmprotune.engine.cli'])
-
-
-class LaunchError(ValueError):
-    """A command line or a config key that a tool cannot act on. Printed without a traceback."""
+from mmprotune.checkpoints.resuming import newest
+from mmprotune.config_nodes import node_of, prompted_nodes, training_patterns, type_name
+from mmprotune.datasets.checked import dataset_error
+from mmprotune.engine.config import protune
+from mmprotune.errors import LaunchError, MMProtuneError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,12 +57,11 @@ def run_tool(main: Callable[[], None]) -> int:
     Returns:
         int: Exit status, 0 or 1.
     """
-    from mmprotune.datasets.checked import dataset_error
     try:
         main()
     except Exception as error:
         told = error
-        if not isinstance(error, URLError) and not _is_ours(error):
+        if not isinstance(error, (URLError, MMProtuneError)):
             told = dataset_error(error)
         if told is None or os.environ.get('MMPROTUNE_DEBUG') == '1':
             raise
@@ -98,11 +76,6 @@ def run_tool(main: Callable[[], None]) -> int:
     if is_distributed():
         torch_dist.destroy_process_group()
     return 0
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether an error is of a class that this package made: those name their cause."""
-    return any(cls.__module__.partition('.')[0] == 'mmprotune' for cls in type(error).__mro__)
 
 
 def load_config(name: str) -> Config:
@@ -146,7 +119,6 @@ def wrap_config(cfg: Config, options: dict | None = None) -> Config:
     Returns:
         Config: ``cfg``.
     """
-    from mmprotune.engine.config import protune
     if options and 'load_from' in options:
         cfg.load_from = options['load_from']
     try:
@@ -186,7 +158,6 @@ def set_resume(cfg: Config, resume: str | None) -> None:
     if resume is None:
         return
     if resume == 'auto':
-        from mmprotune.checkpoint import newest
         resume = newest(cfg.work_dir)
         if resume is None:
             notify(f'--resume: no checkpoint in {cfg.work_dir!r}, training starts anew')
@@ -201,7 +172,6 @@ def set_resume(cfg: Config, resume: str | None) -> None:
 def _fill_as_trained(cfg: Config, resume: str) -> None:
     """Sets ``frozen_from`` as the run that wrote a checkpoint did when it started."""
     from mmprotune.checkpoint import UnreadableCheckpoint, frozen_origins
-    from mmprotune.config_nodes import node_of, prompted_nodes, training_patterns
     try:
         origins = frozen_origins(resume)
     except UnreadableCheckpoint:  # the Runner refuses it when it loads it
@@ -245,219 +215,6 @@ def use_auto_scale_lr(cfg: Config) -> None:
         raise LaunchError('--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the '
                           'batch size (all processes together) that its learning rate is for')
     cfg.auto_scale_lr.enable = True
-
-
-def without_pretrained(cfg: Config) -> Config:
-    """A copy of a config whose model builds without any weight file.
-
-    Drops every ``init_cfg`` of type Pretrained, every ``pretrained``, ``checkpoint_path`` and
-    ``frozen_from``; a ``PromptedBackbone`` gets ``freeze='all'``, as there is no file left that
-    could say what is to be frozen.
-
-    Args:
-        cfg (Config): The config, left as it is.
-
-    Returns:
-        Config: The copy.
-    """
-    cfg = copy.deepcopy(cfg)
-    for node in dicts_in(cfg.get('model')):
-        if type_name(node) == 'PromptedBackbone':
-            node['freeze'] = 'all'
-        for key in ('pretrained', 'checkpoint_path', 'frozen_from'):
-            node.pop(key, None)
-        init_cfg = node.get('init_cfg')
-        if isinstance(init_cfg, (list, tuple)):
-            node['init_cfg'] = [one for one in init_cfg if file_of(one) is None]
-        elif file_of(init_cfg) is not None:
-            del node['init_cfg']
-    return cfg
-
-
-def build_runner(cfg: Config) -> Runner:
-    """Builds the Runner of a config, on whatever there is: GPUs, one CPU, several CPU processes.
-
-    Args:
-        cfg (Config): The config; ``launcher`` and ``work_dir`` are set. Changed in place.
-
-    Returns:
-        Runner: The Runner. It may be of the type that ``cfg.runner_type`` names.
-    """
-    from mmprotune.datasets.checked import check_data
-    from mmprotune.engine.prompt_rates import set_prompt_rates
-    notices = prepare_processes(cfg)
-    rates = set_prompt_rates(cfg)
-    if cfg.get('default_scope') == 'mmpretrain':
-        _set_dataloader_defaults(cfg)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    runner.logger.addFilter(_OneFrozenNotice())
-    check_data(runner)
-    for notice in notices:
-        runner.logger.warning(notice)
-    for sentence in rates:
-        runner.logger.info(sentence)
-    return runner
-
-
-def prepare_processes(cfg: Config) -> list[str]:
-    """Makes a config run on the devices and processes that are there.
-
-    * Several processes without an accelerator: the gloo group is initialised here, as MMEngine
-      would set a CUDA device first, and the model gets :class:`CPUDistributedDataParallel`.
-    * SyncBN outside a group of GPU processes: the Runner (one process) or the wrapper (several)
-      reverts the layers to BatchNorm. ``MMSyncBN`` cannot even be built without a group, and
-      becomes ``SyncBN`` in the config.
-
-    Args:
-        cfg (Config): The config; changed in place.
-
-    Returns:
-        list[str]: What the user should be told, a sentence each.
-    """
-    notices = []
-    alone = cfg.get('launcher', 'none') == 'none'
-    on_cpu = get_device() == 'cpu'
-    wrapper = dict(cfg.get('model_wrapper_cfg') or {})
-    if type_name(wrapper) == type_name(CPU_WRAPPER):
-        # The config was written by a run on CPU processes; this one may have GPUs.
-        wrapper = {}
-        cfg.model_wrapper_cfg = None
-    if not alone and (on_cpu or _attempt() > 0):
-        _init_group(cfg, 'gloo' if on_cpu else None)
-    if not alone and on_cpu:
-        if type_name(wrapper) in ('', 'MMDistributedDataParallel'):
-            wrapper['type'] = CPU_WRAPPER
-            wrapper.setdefault('broadcast_buffers', False)
-            wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
-        # Present, so that the Runner does not put the local rank there.
-        wrapper['device_ids'] = None
-        cfg.model_wrapper_cfg = wrapper
-        notices.append('no GPU: the processes run on the CPU and talk over gloo')
-
-    if alone or on_cpu:
-        found = {_norm_name(node) for node in dicts_in(cfg.get('model'))} & {*SYNC_BN_TYPES}
-        if cfg.get('sync_bn') is not None and not alone:
-            found.add(f'sync_bn={cfg.sync_bn}')
-            cfg.sync_bn = None
-        if found:
-            reason = 'one process' if alone else 'CPU processes'
-            notices.append(f'{", ".join(sorted(found))} in the config: reverted to BatchNorm '
-                           f'for this run, as {reason} cannot synchronise batch statistics')
-    if alone:
-        for node in dicts_in(cfg.get('model')):
-            if _norm_name(node) == 'MMSyncBN':
-                node['type'] = 'SyncBN'
-                node.pop('group', None)
-                node.pop('stats_mode', None)
-    return notices
-
-
-def _norm_name(node: dict) -> str:
-    """The registered name of a config's type, where that is one of the classes of SyncBN."""
-    kind = node.get('type')
-    if isinstance(kind, type) and kind.__name__ == 'SyncBatchNorm':  # mmcv's and PyTorch's
-        return 'MMSyncBN' if kind.__module__.startswith('mmcv') else 'SyncBN'
-    return type_name(kind)
-
-
-@MODEL_WRAPPERS.register_module()
-class CPUDistributedDataParallel(MMDistributedDataParallel):
-    """MMEngine's data-parallel wrapper for CPU processes: no device ids, and no SyncBN.
-
-    Args:
-        module (nn.Module): The model; its SyncBN layers are reverted to BatchNorm.
-        kwargs: See :class:`mmengine.model.MMDistributedDataParallel`.
-    """
-
-    def __init__(self, module, **kwargs) -> None:
-        kwargs['device_ids'] = None
-        super().__init__(module=revert_sync_batchnorm(module), **kwargs)
-
-
-def _attempt() -> int:
-    """How often torchrun has restarted the processes of this machine, where it is the only one."""
-    one_machine = os.environ.get('GROUP_WORLD_SIZE') == '1'
-    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0) if one_machine else 0
-
-
-def _init_group(cfg: Config, backend: str | None) -> None:
-    """Initialises the process group from the launcher's environment variables.
-
-    Args:
-        cfg (Config): The config.
-        backend (str, optional): None means the config's, for GPUs.
-    """
-    if is_distributed():
-        return
-    dist_cfg = (cfg.get('env_cfg') or {}).get('dist_cfg') or {}
-    env = os.environ
-    if cfg.launcher == 'slurm':
-        names = dict(RANK='SLURM_PROCID', WORLD_SIZE='SLURM_NTASKS', LOCAL_RANK='SLURM_LOCALID')
-    elif cfg.launcher == 'mpi':
-        names = dict(
-            RANK='OMPI_COMM_WORLD_RANK',
-            WORLD_SIZE='OMPI_COMM_WORLD_SIZE',
-            LOCAL_RANK='OMPI_COMM_WORLD_LOCAL_RANK')
-    else:
-        names = dict(RANK='RANK', WORLD_SIZE='WORLD_SIZE', LOCAL_RANK='LOCAL_RANK')
-    missing = [name for name in names.values() if name not in env]
-    if missing:
-        raise LaunchError(f'--launcher {cfg.launcher}: {", ".join(missing)} not set; was the '
-                          'process started by that launcher (tools/dist_*.sh, tools/slurm_*.sh)?')
-    env.update({ours: env[theirs] for ours, theirs in names.items()})
-
-    env.setdefault('MASTER_PORT', str(dist_cfg.get('port') or 29500))
-    if 'MASTER_ADDR' not in env:
-        if cfg.launcher != 'slurm':
-            raise LaunchError(f'--launcher {cfg.launcher}: MASTER_ADDR not set')
-        env['MASTER_ADDR'] = subprocess.run(
-            ['scontrol', 'show', 'hostnames', env['SLURM_NODELIST']],
-            check=True, capture_output=True, text=True).stdout.split()[0]
-    kwargs = {}
-    if dist_cfg.get('timeout') is not None:
-        kwargs['timeout'] = datetime.timedelta(seconds=dist_cfg['timeout'])
-    if backend is None:
-        backend = dist_cfg.get('backend', 'nccl')
-        torch.cuda.set_device(int(env['LOCAL_RANK']) % torch.cuda.device_count())
-    if _attempt() > 0:
-        # torchrun's store lives on, with the addresses of the processes that died. Each attempt
-        # needs keys of its own, or it may wait for them for ever.
-        store, kwargs['rank'], kwargs['world_size'] = next(rendezvous('env://'))
-        kwargs['store'] = PrefixStore(f'attempt_{_attempt()}', store)
-    torch_dist.init_process_group(backend, **kwargs)
-
-
-def _set_dataloader_defaults(cfg: Config) -> None:
-    """mmpretrain's own tools add these to its data loaders; its configs count on it."""
-    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        loader = cfg.get(key)
-        if loader:
-            loader.setdefault('pin_memory', True)
-            loader.setdefault('persistent_workers', bool(loader.get('num_workers', 0)))
-            loader.setdefault('collate_fn', dict(type='default_collate'))
-
-
-class _OneFrozenNotice(logging.Filter):
-    """One line instead of one warning for each frozen parameter.
-
-    With a ``paramwise_cfg``, MMEngine's optimizer constructor warns for every parameter that does
-    not train. In a prompted model that is the whole backbone, and on purpose.
-    """
-    _pattern = re.compile(r'is skipped since its\s+requires_grad=False')
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._told = False
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if not self._pattern.search(record.getMessage()):
-            return True
-        if self._told:
-            return False
-        self._told = True
-        record.msg, record.args = 'optimizer: frozen parameters are left out', ()
-        record.levelno, record.levelname = logging.INFO, 'INFO'
-        return True
 
 
 def notify(message: str) -> None:

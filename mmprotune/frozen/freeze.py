@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from mmprotune.errors import FrozenTensorsChanged
+
 from .fingerprint import OPTIONAL_BUFFERS, digest_tensors, fingerprint, identity
 
 __all__ = [
     'OPTIONAL_BUFFERS', 'FillRecorder', 'FrozenSnapshot', 'FrozenTensorsChanged',
     'apply_to_the_rest', 'audit', 'freeze', 'frozen_tensors', 'keep_frozen_in_eval'
 ]
-
-
-class FrozenTensorsChanged(RuntimeError):
-    """A tensor declared frozen is not what it was, or is set up to change."""
 
 
 class FillRecorder:

@@ -9,15 +9,13 @@ import torch
 from mmengine.utils import digit_version
 from torch import Tensor
 
+from mmprotune.errors import FrozenLayerError
+
 # What torch 2.1 and 2.2 have otherwise.
 _BEFORE_2_3 = digit_version(torch.__version__) < digit_version('2.3')
 _is_compiling = torch._utils.is_compiling if _BEFORE_2_3 else torch.compiler.is_compiling
 # Whether nn.MultiheadAttention divides its queries instead of multiplying them.
 MULTIHEAD_DIVIDES = _BEFORE_2_3
-
-
-class FrozenLayerError(RuntimeError):
-    """A lean layer is used in a way in which its gradients would be wrong."""
 
 
 def is_recorded() -> bool:

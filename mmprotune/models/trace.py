@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmprotune.errors import StageError
 from mmprotune.frozen.dry_run import (
     image_shapes,
     noise,
@@ -20,10 +21,6 @@ from mmprotune.frozen.dry_run import (
 from .layout import Layout, describe
 
 _BATCH = 2
-
-
-class StageError(ValueError):
-    """The stages of a backbone cannot be found."""
 
 
 @dataclass

@@ -9,10 +9,11 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmprotune import checkpoint
-from mmprotune.checkpoint import CheckpointError, FingerprintMismatch
+from mmprotune.checkpoints.convert import build_model
 from mmprotune.config_nodes import prompted_nodes
 from mmprotune.engine import cli
 from mmprotune.engine.hooks import PromptCheckpointHook
+from mmprotune.errors import CheckpointError, FingerprintMismatch
 from tests.conftest import RESNET18, build
 from tests.detection import detector_cfg, draw_coco, run
 from tests.test_tools.conftest import load_tool
@@ -80,7 +81,7 @@ def test_the_saved_config_says_what_the_backbone_came_from(trained, detector):
     assert checkpoint.inspect(slim)['backbones']['backbone']['frozen_from'] == detector
     weights = torch.load(detector)['state_dict']
     assert f'frozen_from: {detector}' in prompt_checkpoint._text(checkpoint.inspect(slim))
-    model = checkpoint._build(saved)
+    model = build_model(saved)
     checkpoint.load(model, slim)
     assert torch.equal(model.backbone.backbone.conv1.weight, weights['backbone.conv1.weight'])
 
@@ -167,7 +168,7 @@ def test_a_file_that_does_not_say_is_still_refused(trained, tmp_path, meta):
         del content['meta']
     torch.save(content, tmp_path / 'slim.pth')
     with pytest.raises(FingerprintMismatch, match='check backbone.init_cfg and frozen_from$'):
-        checkpoint.load(checkpoint._build(cfg), tmp_path / 'slim.pth')
+        checkpoint.load(build_model(cfg), tmp_path / 'slim.pth')
 
 
 def test_what_the_pretrained_file_did_not_fill_still_trains(data, detector, resnet18_file,

@@ -8,14 +8,13 @@ from mmengine.config import Config
 from mmengine.runner import load_checkpoint
 
 from mmprotune import checkpoint
-from mmprotune.checkpoint import (
+from mmprotune.checkpoints.convert import build_model
+from mmprotune.engine.hooks import PromptCheckpointHook
+from mmprotune.errors import (
     CheckpointError,
     FingerprintMismatch,
     IncompleteCheckpoint,
-    UnreadableCheckpoint,
 )
-from mmprotune.engine import cli
-from mmprotune.engine.hooks import PromptCheckpointHook
 from tests.classification import classifier_cfg
 from tests.conftest import RESNET18, build, wake
 
@@ -37,7 +36,7 @@ def _cfg(file, classes=CLASSES, **options) -> Config:
 
 
 def _trained(cfg):
-    model = checkpoint._build(cfg)
+    model = build_model(cfg)
     wake(model, seed=3)
     return model
 
@@ -81,7 +80,7 @@ def test_a_merged_file_works_with_the_config_in_it(file, tmp_path, prompt):
     again = Config.fromstring(
         torch.load(full, weights_only=True)['meta']['cfg'], file_format='.py')
     assert again.test_dataloader == cfg.test_dataloader
-    built = checkpoint._build(again)
+    built = build_model(again)
     checkpoint.load(built, full)
     assert built.backbone.frozen_names == model.backbone.frozen_names
     assert _same(built, model)
@@ -131,7 +130,7 @@ def test_a_full_file_in_safetensors(file, tmp_path):
     path = str(tmp_path / 'full.safetensors')
     safetensors.save_file(dict(checkpoint.full_state_dict(model)), path)
     assert checkpoint.verify(path, cfg)['kind'] == 'slim'  # without meta it cannot be told
-    built = checkpoint._build(cfg)
+    built = build_model(cfg)
     checkpoint.load(built, path)
     assert _same(built, model)
     assert checkpoint.extract(path, cfg, tmp_path / 'slim.pth')['kind'] == 'slim'
@@ -189,49 +188,6 @@ def test_classes_come_from_wherever_a_data_set_has_them(tmp_path):
 
 
 # --- resuming --------------------------------------------------------------------------------
-
-
-def _write(path, **content):
-    torch.save(dict(meta=dict(epoch=1, iter=2), state_dict=dict(a=torch.zeros(1)), **content), path)
-    return str(path)
-
-
-def test_checkpoints_without_an_optimizer_are_not_overwritten(tmp_path):
-    path = _write(tmp_path / 'epoch_1.pth')
-    before = (tmp_path / 'epoch_1.pth').read_bytes()
-    cfg = Config(dict(model={}, work_dir=str(tmp_path), load_from='elsewhere.pth'))
-    runner = SimpleNamespace(_resume=True, _load_from=None, work_dir=str(tmp_path), hooks=[],
-                             cfg=cfg)
-    for attempt in (lambda: cli.set_resume(cfg, 'auto'),
-                    lambda: PromptCheckpointHook().before_run(runner)):
-        with pytest.raises(IncompleteCheckpoint, match=f'{path}: it holds no optimizer.*another '
-                                                       f'work_dir, with load_from={path}'):
-            attempt()
-    assert (tmp_path / 'epoch_1.pth').read_bytes() == before
-    assert cfg.load_from == 'elsewhere.pth'
-
-
-def test_an_older_one_with_an_optimizer_is_no_way_out(tmp_path):
-    old = _write(tmp_path / 'epoch_1.pth', optimizer={})
-    os.utime(old, (1, 1))
-    new = _write(tmp_path / 'epoch_2.pth')
-    with pytest.raises(IncompleteCheckpoint, match='epoch_2.pth: it holds no optimizer'):
-        checkpoint.newest(tmp_path)
-    os.utime(new, (0, 0))
-    assert checkpoint.newest(tmp_path) == old
-    # Files of another origin, and the best ones, are nobody's to resume from.
-    for name in ('resnet50.pth', 'epoch_1-0a1b2c3.pth', 'best_mAP_epoch_1.pth'):
-        _write(tmp_path / name)
-    assert checkpoint.newest(tmp_path) == old
-    os.remove(old), os.remove(new)
-    assert checkpoint.newest(tmp_path) is None
-
-
-def test_the_noted_checkpoint_has_any_name(tmp_path):
-    _write(tmp_path / 'model7.pth')
-    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'model7.pth'))
-    with pytest.raises(IncompleteCheckpoint, match='model7.pth: it holds no optimizer'):
-        checkpoint.newest(tmp_path)
 
 
 def test_resuming_needs_an_optimizer_without_strict_too(file, tmp_path):
@@ -345,14 +301,14 @@ def test_models_that_were_cast(file, other_resnet18_file, tmp_path):
     model = _trained(cfg)
     slim = _save(model, tmp_path / 'slim.pth')
     full = _save(checkpoint.full_state_dict(model), tmp_path / 'full.pth')
-    half = checkpoint._build(_cfg(other_resnet18_file, trainable=[r'bn1\..*'])).half()
+    half = build_model(_cfg(other_resnet18_file, trainable=[r'bn1\..*'])).half()
     checkpoint.load(half, full)
     assert torch.equal(half.backbone.backbone.conv1.weight,
                        model.backbone.backbone.conv1.weight.half())
     checkpoint.load(half, slim)
     # A full file of it is whole, and loads anywhere.
     path = _save(checkpoint.full_state_dict(half), tmp_path / 'half.pth')
-    for other in (checkpoint._build(cfg), half):
+    for other in (build_model(cfg), half):
         checkpoint.load(other, path)
         weight = other.backbone.backbone.conv1.weight
         assert torch.equal(weight, model.backbone.backbone.conv1.weight.half().to(weight))
@@ -361,12 +317,6 @@ def test_models_that_were_cast(file, other_resnet18_file, tmp_path):
 def test_a_file_of_a_model_that_froze_more_is_whole(resnet18_file, tmp_path):
     model = _trained(_cfg(resnet18_file))
     path = _save(checkpoint.full_state_dict(model), tmp_path / 'full.pth')
-    other = checkpoint._build(_cfg(resnet18_file, trainable=['layer4.*']))
+    other = build_model(_cfg(resnet18_file, trainable=['layer4.*']))
     checkpoint.load(other, path)
     assert torch.equal(other.head.fc.weight, model.head.fc.weight)
-
-
-def test_a_list_is_no_checkpoint_to_resume_from(tmp_path):
-    torch.save([1, 2], tmp_path / 'epoch_1.pth')
-    with pytest.raises(UnreadableCheckpoint, match='expected a dict'):
-        checkpoint.newest(tmp_path)

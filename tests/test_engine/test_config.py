@@ -1,3 +1,6 @@
+"""Stock configs as they are wrapped, and the rates of what trains in them."""
+from __future__ import annotations
+
 import copy
 
 import pytest
@@ -5,10 +8,14 @@ from mmdet.models import FasterRCNN, ResNet
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.model import PretrainedInit
+from mmengine.optim import DefaultOptimWrapperConstructor, build_optim_wrapper
+from torch import nn
 
 from mmprotune import FreezeGuardHook, PromptedBackbone, protune
 from mmprotune.config_nodes import type_name
-from mmprotune.engine.config import HOOKS
+from mmprotune.engine.config import HOOKS, set_prompt_rates
+from mmprotune.engine.runner import build_runner
+from tests.classification import classifier_cfg
 from tests.conftest import RESNET18, build
 
 
@@ -107,3 +114,213 @@ def test_types_that_are_classes(resnet18_file):
 def test_no_backbone(content):
     with pytest.raises(ValueError, match='expected a config with model.backbone'):
         protune(Config(content))
+
+
+# --- rates -------------------------------------------------------------------------------------
+
+
+WRAPPER = dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, freeze='all',
+               prompt=dict(type='mmprotune.PromptBlock', norm_cfg=dict(type='BN')))
+
+
+def config(custom_keys: dict | None = None, model: dict | None = None, weight_decay=0.1,
+           **optim_wrapper) -> Config:
+    optimizer = dict(type='AdamW', lr=0.01)
+    if weight_decay is not None:
+        optimizer['weight_decay'] = weight_decay
+    if custom_keys is not None:
+        optim_wrapper['paramwise_cfg'] = dict(
+            optim_wrapper.get('paramwise_cfg', {}), custom_keys=custom_keys)
+    return Config(dict(
+        model=copy.deepcopy(model or dict(type='A', backbone=WRAPPER)),
+        optim_wrapper=dict(type='OptimWrapper', optimizer=optimizer, **optim_wrapper)))
+
+
+def nested(path: str = '', trainable=()) -> nn.Module:
+    """A model with a wrapper at ``path`` + 'backbone' and a head beside it."""
+    model = nn.Module()
+    model.backbone = build(dict(WRAPPER, trainable=trainable))
+    model.head = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    for name in reversed([part for part in path.split('.') if part]):
+        outer = nn.Module()
+        outer.add_module(name, model)
+        model = outer
+    return model
+
+
+def rates(cfg: Config, model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay of every parameter that the optimizer got."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    return {names[id(p)]: (group['lr'], group['weight_decay'])
+            for group in optimizer.param_groups for p in group['params']}
+
+
+def of_prompts(found: dict) -> set:
+    return {rate for name, rate in found.items() if '.prompts.' in f'.{name}'}
+
+
+def of_heads(found: dict) -> set:
+    return {rate for name, rate in found.items() if '.head.' in f'.{name}'}
+
+
+# --- custom keys ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('lr_mult', [0.1, 0.0])
+def test_a_multiplier_for_the_backbone_is_not_for_prompts(lr_mult):
+    cfg = config({'backbone': dict(lr_mult=lr_mult, decay_mult=0.5)})
+    sentence, = set_prompt_rates(cfg)
+    assert "inherit {'lr_mult': " in sentence and "added 'backbone.prompts'" in sentence
+    found = rates(cfg, nested(trainable=('layer4.*', )))
+    assert of_prompts(found) == of_heads(found) == {(0.01, 0.1)}
+    # What trains of the backbone itself keeps the config's rate.
+    assert found['backbone.backbone.layer4.0.conv1.weight'] == (0.01 * lr_mult, 0.05)
+    assert set_prompt_rates(cfg) == []  # again: nothing more to do
+
+
+def test_without_a_weight_decay():
+    cfg = config({'backbone': dict(lr_mult=0.1)}, weight_decay=None)
+    set_prompt_rates(cfg)
+    assert {lr for lr, _ in of_prompts(rates(cfg, nested()))} == {0.01}
+
+
+@pytest.mark.parametrize('keys', [
+    {'norm': dict(decay_mult=0.)}, {'backbone': dict(lr_mult=1.)}, {'neck': dict(lr_mult=0.1)},
+    {'.backbone.classifier': dict(lr_mult=10)}, None])
+def test_nothing_is_added_where_nothing_is_inherited(keys):
+    cfg = config(keys, paramwise_cfg=dict(norm_decay_mult=0.))
+    before = cfg.to_dict()
+    assert set_prompt_rates(cfg) == []
+    assert cfg.to_dict() == before
+
+
+def test_models_without_prompts_are_left_alone():
+    keys = {'backbone': dict(lr_mult=0.1)}
+    for backbone in (RESNET18, dict(WRAPPER, prompt=None)):
+        cfg = config(keys, dict(type='A', backbone=backbone))
+        assert set_prompt_rates(cfg) == []
+        assert cfg.optim_wrapper.paramwise_cfg.custom_keys == keys
+    assert set_prompt_rates(Config(dict(model=dict(backbone=WRAPPER)))) == []  # no optimizer
+
+
+@pytest.mark.parametrize(('key', 'stage1', 'others'), [
+    ('prompts', 0.02, 0.02), ('backbone.prompts', 0.02, 0.02), ('prompts.stage1', 0.02, 0.01),
+    ('backbone.prompts.stage1', 0.02, 0.01)])
+def test_the_users_key_for_prompts_counts(key, stage1, others):
+    """Also where MMEngine would prefer the longer name of the backbone."""
+    cfg = config({'backbone': dict(lr_mult=0.1), key: dict(lr_mult=2.)})
+    set_prompt_rates(cfg)
+    found = {name: lr for name, (lr, _) in rates(cfg, nested()).items()}
+    assert {lr for name, lr in found.items() if '.prompts.stage1.' in name} == {stage1}
+    assert {lr for name, lr in found.items() if '.prompts.stage2.' in name} == {others}
+
+
+@pytest.mark.parametrize(('key', 'lr'), [
+    ('backbone', 0.01), ('detector.backbone', 0.01),
+    ('detector', 0.001)])  # the detector's head has that rate too
+def test_rates_of_a_backbone_further_inside(key, lr):
+    cfg = config({key: dict(lr_mult=0.1)},
+                 dict(type='A', detector=dict(type='B', backbone=WRAPPER)))
+    set_prompt_rates(cfg)
+    found = rates(cfg, nested('detector'))
+    assert of_prompts(found) == of_heads(found) == {(lr, 0.1)}
+
+
+def test_a_rate_around_the_backbone_is_the_heads():
+    cfg = config({'detector': dict(lr_mult=0.5), 'detector.backbone': dict(lr_mult=0.1)},
+                 dict(type='A', detector=dict(type='B', backbone=WRAPPER)))
+    set_prompt_rates(cfg)
+    found = rates(cfg, nested('detector'))
+    assert of_prompts(found) == of_heads(found) == {(0.005, 0.1)}
+
+
+@pytest.mark.parametrize('key', ['backbone', 'student.backbone'])
+def test_a_semi_supervised_detector(key):
+    cfg = config({key: dict(lr_mult=0.1)}, dict(
+        type='SoftTeacher', semi_train_cfg=dict(), detector=dict(type='B', backbone=WRAPPER)))
+    set_prompt_rates(cfg)
+    found = rates(cfg, nested('student'))
+    assert of_prompts(found) == of_heads(found) == {(0.01, 0.1)}
+
+
+def test_several_optimizers_and_mixed_precision():
+    inner = dict(type='AmpOptimWrapper', optimizer=dict(type='SGD', lr=1.),
+                 paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}))
+    cfg = Config(dict(
+        model=dict(type='A', backbone=WRAPPER),
+        optim_wrapper=dict(constructor='Own', first=inner, second=copy.deepcopy(inner))))
+    assert len(set_prompt_rates(cfg)) == 2
+    for name in ('first', 'second'):
+        keys = cfg.optim_wrapper[name].paramwise_cfg.custom_keys
+        assert keys['backbone.prompts'] == dict(lr_mult=1.)
+    assert cfg.optim_wrapper.constructor == 'Own'
+
+
+@pytest.mark.parametrize('name', [
+    'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py', 'mmdet::detr/detr_r50_8xb2-150e_coco.py',
+    'mmdet::mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py',
+    'mmseg::mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024.py'])
+def test_stock_configs(name):
+    cfg = protune(get_config(name))
+    found = rates(cfg, nested())
+    assert {lr for lr, _ in of_prompts(found)} == {lr for lr, _ in of_heads(found)}
+    assert {lr for lr, _ in of_prompts(found)} == {cfg.optim_wrapper.optimizer.lr}
+
+
+def test_the_runner_of_a_config_in_three_lines(tmp_path):
+    """One that names the wrapper itself, without ``protune``."""
+    cfg = config({'backbone': dict(lr_mult=0.1)})
+    cfg.update(model=classifier_cfg(), work_dir=str(tmp_path), launcher='none',
+               experiment_name=tmp_path.name, train_dataloader=dict(dataset=dict()),
+               train_cfg=dict(by_epoch=True, max_epochs=1))
+    build_runner(cfg)
+    assert 'backbone.prompts' in cfg.optim_wrapper.paramwise_cfg.custom_keys
+    assert "added 'backbone.prompts'" in next(tmp_path.glob('*/*.log')).read_text()
+
+
+# --- layer-wise rates -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', [
+    'mmdet::convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py',
+    'mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py',
+    'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py'])
+def test_rates_that_fall_with_the_depth(name):
+    cfg = protune(get_config(name))
+    assert 'constructor' not in cfg.optim_wrapper
+    cfg.optim_wrapper.type = 'OptimWrapper'  # some train in mixed precision, on a GPU
+    cfg.optim_wrapper.pop('loss_scale', None)
+    optimizer = cfg.optim_wrapper.optimizer
+    for parameter, (lr, decay) in rates(cfg, model := nested()).items():
+        assert lr == optimizer.lr
+        flat = parameter.endswith('.bias') or model.get_parameter(parameter).ndim == 1
+        assert decay == (0 if flat else optimizer.weight_decay), parameter
+
+
+def test_the_classifiers_constructor_keeps_its_decay():
+    cfg = config(
+        {'.cls_token': dict(decay_mult=0.), 'head.0': dict(decay_mult=0.5, lr_mult=7.)},
+        constructor='LearningRateDecayOptimWrapperConstructor',
+        paramwise_cfg=dict(layer_decay_rate=0.65, norm_decay_mult=0.))
+    sentence, = set_prompt_rates(cfg)
+    assert "'LearningRateDecayOptimWrapperConstructor' is replaced by the default one" in sentence
+    assert cfg.optim_wrapper.paramwise_cfg == dict(
+        norm_decay_mult=0.,
+        custom_keys={'.cls_token': dict(decay_mult=0.), 'head.0': dict(decay_mult=0.5)})
+    found = rates(cfg, nested())
+    # That constructor takes no rate from custom keys either.
+    assert found['head.0.weight'] == (0.01, 0.05)
+    assert found['head.1.weight'] == (0.01, 0.)
+    assert found['backbone.prompts.stage1.reduce.weight'] == (0.01, 0.1)
+
+
+def test_other_constructors_stay():
+
+    class Own(DefaultOptimWrapperConstructor):
+        pass
+
+    for constructor in (Own, 'Own', 'ForceDefaultOptimWrapperConstructor'):
+        cfg = config(constructor=constructor)
+        assert set_prompt_rates(cfg) == []
+        assert cfg.optim_wrapper.constructor == constructor

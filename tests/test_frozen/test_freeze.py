@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmprotune import FrozenSnapshot, FrozenTensorsChanged, audit
+from mmprotune import FrozenSnapshot, audit
+from mmprotune.errors import FrozenTensorsChanged
 from mmprotune.frozen import FillRecorder, digest_tensors, fingerprint, freeze, keep_frozen_in_eval
 from tests.conftest import build
 

@@ -13,12 +13,13 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmprotune.errors import FrozenLayerError
 from mmprotune.frozen import functional
 from mmprotune.frozen.dry_run import tensors_in
 from mmprotune.frozen.kept import KeptBytes
 from mmprotune.frozen.kernels import run_channels_last
 from mmprotune.frozen.lean import make_lean, restore, unfold
-from mmprotune.frozen.origin import FrozenLayerError, run_folded
+from mmprotune.frozen.origin import run_folded
 from mmprotune.frozen.twins import Twin
 from tests.conftest import RESNET18, autocast, build, wake
 

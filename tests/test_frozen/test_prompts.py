@@ -8,9 +8,9 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmprotune.errors import FrozenLayerError
 from mmprotune.frozen.kept import KeptBytes
 from mmprotune.frozen.lean import restore
-from mmprotune.frozen.origin import FrozenLayerError
 from mmprotune.registry import MODELS
 from tests.conftest import RESNET18, autocast, build, wake
 

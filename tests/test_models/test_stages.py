@@ -5,9 +5,10 @@ import torch
 from mmdet.registry import MODELS
 from torch import nn
 
+from mmprotune.errors import StageError
 from mmprotune.models import calls
 from mmprotune.models.layout import Layout, describe, token_grid
-from mmprotune.models.stages import StageError, find_stages
+from mmprotune.models.stages import find_stages
 from tests.conftest import RESNET18, build, wake
 
 SWIN = dict(type='SwinTransformer', embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8))

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from mmengine.registry import DATASETS, init_default_scope
 
-from mmprotune.datasets.checked import DataError, check_image_file, dataset_error
+from mmprotune.datasets.checked import check_image_file, dataset_error
 from mmprotune.engine import cli
+from mmprotune.errors import DataError
 from tests.detection import detector_cfg, draw_coco
 from tests.test_tools.conftest import load_tool
 

@@ -7,6 +7,7 @@ import torch
 
 from mmprotune import checkpoint
 from mmprotune.engine import cli
+from mmprotune.errors import LaunchError
 
 from .conftest import load_tool
 
@@ -134,7 +135,7 @@ def test_data_errors_are_the_hosts(project, tmp_path):
 
 def test_traceback_on_demand(project, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('MMPROTUNE_DEBUG', '1')
-    with pytest.raises(cli.LaunchError, match='no file'):
+    with pytest.raises(LaunchError, match='no file'):
         run(capsys, project.prompted, '--work-dir', tmp_path, '--resume', 'none.pth')
 
 

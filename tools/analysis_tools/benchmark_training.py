@@ -31,8 +31,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import nn
 
-from mmprotune.config_nodes import type_name
+from mmprotune.config_nodes import type_name, without_pretrained
 from mmprotune.engine import cli
+from mmprotune.engine.processes import prepare_processes
 from mmprotune.frozen.dry_run import tensors_in
 from mmprotune.frozen.kept import KeptBytes
 from mmprotune.testing.noise_batch import noise_item
@@ -87,7 +88,7 @@ def variant_cfg(cfg: Config, variant: str) -> Config:
     Returns:
         Config: A copy.
     """
-    cfg = cli.without_pretrained(copy.deepcopy(cfg))
+    cfg = without_pretrained(copy.deepcopy(cfg))
     prompted = cfg.model.backbone
     if variant in ('full', 'lora'):
         cfg.model.backbone = prompted.backbone
@@ -339,7 +340,7 @@ def measure(config: str, args: argparse.Namespace) -> dict:
         cfg = cli.wrap_config(cfg)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
-    cli.prepare_processes(cfg)
+    prepare_processes(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if cfg.get('data_preprocessor') is not None:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)

@@ -51,7 +51,8 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 from mmprotune import __version__, protune
-from mmprotune.engine import cli
+from mmprotune.config_nodes import without_pretrained
+from mmprotune.engine.processes import prepare_processes
 from mmprotune.frozen import FrozenSnapshot, audit
 from mmprotune.models import PromptedBackbone
 from mmprotune.testing.noise_batch import noise_batch
@@ -238,7 +239,7 @@ def runnable(cfg: Config) -> Config:
     Returns:
         Config: The copy.
     """
-    cfg = cli.without_pretrained(cfg)
+    cfg = without_pretrained(cfg)
     if cfg.get('data_preprocessor'):  # as the Runner does it
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     for path, node in _nodes(cfg.model):
@@ -259,7 +260,7 @@ def runnable(cfg: Config) -> Config:
         wrapper['type'] = 'OptimWrapper'
     wrapper['accumulative_counts'] = 1
     cfg.optim_wrapper = wrapper
-    cli.prepare_processes(cfg)
+    prepare_processes(cfg)
     return cfg
 
 
@@ -403,7 +404,7 @@ def check_prompted(run: Run, folder: Path, stock: dict) -> dict:
     point(cfg, run.cfg, folder)
     named = 'prompt' in json.dumps((cfg.optim_wrapper.get('paramwise_cfg') or {}), default=str)
     protune(cfg)
-    cli.prepare_processes(cfg)
+    prepare_processes(cfg)
     # The order of the Runner: model, optimizer, init_weights, load_from.
     model = _build(cfg)
     wrapper = build_optim_wrapper(model, copy.deepcopy(cfg.optim_wrapper))

@@ -10,7 +10,9 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from mmprotune.config_nodes import without_pretrained
 from mmprotune.engine import cli
+from mmprotune.engine.processes import prepare_processes
 from mmprotune.models import PromptedBackbone
 
 COLUMNS = ('trainable', 'frozen', 'buffers')
@@ -68,9 +70,9 @@ def build(cfg: Config, weights: bool = False) -> nn.Module:
         nn.Module: The model.
     """
     if not weights:
-        cfg = cli.without_pretrained(cfg)
+        cfg = without_pretrained(cfg)
     cfg.launcher = 'none'
-    cli.prepare_processes(cfg)
+    prepare_processes(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if cfg.get('data_preprocessor') is not None:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)

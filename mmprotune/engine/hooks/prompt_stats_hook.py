@@ -4,12 +4,12 @@ import contextlib
 from collections.abc import Sequence
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmprotune.checkpoint import prompted_parts
+from mmprotune.checkpoints.slim import prompted_parts
 from mmprotune.config_nodes import dicts_in
+from mmprotune.engine.processes import unwrapped
 from mmprotune.registry import HOOKS
 
 
@@ -48,7 +48,7 @@ class PromptStatsHook(Hook):
         self._handles: list = []
 
     def before_train(self, runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         found = prompted_parts(model)
         self._parts = [('' if len(found) == 1 else f'{path}/', part) for path, part in found]
         wrapper = runner.optim_wrapper
@@ -60,7 +60,7 @@ class PromptStatsHook(Hook):
             runner.logger.warning(
                 'prompts train at another learning rate than the rest of the model. If a '
                 'multiplier for the backbone in optim_wrapper.paramwise_cfg.custom_keys does it, '
-                "add the key 'backbone.prompts' (mmprotune.engine.prompt_rates.set_prompt_rates "
+                "add the key 'backbone.prompts' (mmprotune.engine.config.set_prompt_rates "
                 'does) with the lr_mult that is meant')
         # Gradients are gone after the step, and not yet averaged or unscaled before it.
         self._handles = [o.register_step_pre_hook(self._note_gradients) for o in optimizers]
