@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-import os
 import sys
 from collections.abc import Sequence
 
@@ -26,8 +25,7 @@ TTA_MODELS = dict(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    cli.add_arguments(parser)
-    parser.add_argument('checkpoint', help='checkpoint file')
+    cli.add_arguments(parser, checkpoint=True)
     parser.add_argument(
         '--protune',
         action='store_true',
@@ -51,20 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Arguments; None means the command line's.
     """
     args = parse_args(argv)
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         raise LaunchError(f'--out must end with .pkl or .pickle, got {args.out!r}')
-    cli.check_checkpoint_path('checkpoint', args.checkpoint)
-
-    cfg = cli.load_config(args.config)
-    if args.protune:
-        cfg = cli.wrap_config(cfg, args.cfg_options)
-    cfg.launcher = args.launcher
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    cli.set_work_dir(cfg, args, suffix='_protune' if args.protune else '')
-    cfg.load_from = args.checkpoint
-    cfg.resume = False
+    cfg = cli.set_up(args)
     if args.show or args.show_dir:
         if args.tta and cfg.get('default_scope') == 'mmpretrain':
             raise LaunchError(

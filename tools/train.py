@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -39,15 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Arguments; None means the command line's.
     """
     args = parse_args(argv)
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-
-    cfg = cli.load_config(args.config)
-    if args.protune:
-        cfg = cli.wrap_config(cfg, args.cfg_options)
-    cfg.launcher = args.launcher
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    cli.set_work_dir(cfg, args, suffix='_protune' if args.protune else '')
+    cfg = cli.set_up(args)
     if args.amp:
         cli.use_amp(cfg)
     if args.auto_scale_lr:

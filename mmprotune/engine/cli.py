@@ -25,17 +25,29 @@ from mmprotune.engine.config import protune
 from mmprotune.errors import LaunchError, MMProtuneError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that training and testing have in common."""
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the config and what changes it, for :func:`read_config`."""
     parser.add_argument(
         'config', help='config file, or the name of an installed one: mmdet::retinanet/…_coco.py')
-    parser.add_argument('--work-dir', help='directory of logs and checkpoints')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
         help='override keys of the config: key=value, key=a,b or key="[a,b]"; nested lists and '
         'tuples too, e.g. key="[(a,b),(c,d)]" (quoted, without blanks)')
+
+
+def add_arguments(parser: argparse.ArgumentParser, checkpoint: bool = False) -> None:
+    """Adds the arguments that training and testing have in common, for :func:`set_up`.
+
+    Args:
+        parser (argparse.ArgumentParser): The tool's.
+        checkpoint (bool): Whether a checkpoint is named behind the config. Defaults to False.
+    """
+    add_config_arguments(parser)
+    if checkpoint:
+        parser.add_argument('checkpoint', help='checkpoint file, slim or full')
+    parser.add_argument('--work-dir', help='directory of logs and checkpoints')
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -76,6 +88,52 @@ def run_tool(main: Callable[[], None]) -> int:
     if is_distributed():
         torch_dist.destroy_process_group()
     return 0
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The config that a command line asks for: read, wrapped by ``--protune``, and overridden.
+
+    Args:
+        args (argparse.Namespace): Of :func:`add_config_arguments` or :func:`add_arguments`, and
+            ``protune`` where the tool has it.
+
+    Returns:
+        Config: The config.
+
+    Raises:
+        LaunchError: There is none, or it cannot be wrapped.
+    """
+    cfg = load_config(args.config)
+    if getattr(args, 'protune', False):
+        wrap_config(cfg, args.cfg_options)
+    if 'launcher' in args:
+        cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    return cfg
+
+
+def set_up(args: argparse.Namespace) -> Config:
+    """What training and testing begin with: rank, config, work directory, checkpoint to test.
+
+    Args:
+        args (argparse.Namespace): Of :func:`add_arguments`.
+
+    Returns:
+        Config: As :func:`read_config`, with ``work_dir``, and ``load_from`` where a checkpoint is
+        named.
+
+    Raises:
+        LaunchError: There is no such config or checkpoint.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if 'checkpoint' in args:
+        check_checkpoint_path('checkpoint', args.checkpoint)
+    cfg = read_config(args)
+    set_work_dir(cfg, args)
+    if 'checkpoint' in args:
+        cfg.load_from, cfg.resume = args.checkpoint, False
+    return cfg
 
 
 def load_config(name: str) -> Config:
@@ -127,12 +185,13 @@ def wrap_config(cfg: Config, options: dict | None = None) -> Config:
         raise LaunchError(f'--protune: {error}') from error
 
 
-def set_work_dir(cfg: Config, args: argparse.Namespace, suffix: str = '') -> None:
+def set_work_dir(cfg: Config, args: argparse.Namespace) -> None:
     """Sets ``cfg.work_dir``: the argument, else the config's, else one named after the config."""
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         stem = osp.splitext(osp.basename(args.config.rpartition('::')[2]))[0]
+        suffix = '_protune' if getattr(args, 'protune', False) else ''
         cfg.work_dir = osp.join('work_dirs', stem + suffix)
 
 

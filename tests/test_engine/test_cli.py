@@ -66,14 +66,14 @@ def test_wrap_config_knows_the_file_of_the_command_line():
 
 
 @pytest.mark.parametrize(('config', 'given', 'in_config', 'expected'), [
-    ('a/b.py', None, None, os.path.join('work_dirs', 'b_x')),
-    ('mmdet::a/b.py', None, None, os.path.join('work_dirs', 'b_x')),
+    ('a/b.py', None, None, os.path.join('work_dirs', 'b_protune')),
+    ('mmdet::a/b.py', None, None, os.path.join('work_dirs', 'b_protune')),
     ('a/b.py', None, 'own', 'own'),
     ('a/b.py', 'given', 'own', 'given'),
 ])
 def test_work_dir(config, given, in_config, expected):
     cfg = Config(dict(work_dir=in_config))
-    cli.set_work_dir(cfg, argparse.Namespace(config=config, work_dir=given), suffix='_x')
+    cli.set_work_dir(cfg, argparse.Namespace(config=config, work_dir=given, protune=True))
     assert cfg.work_dir == expected
 
 
