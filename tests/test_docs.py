@@ -25,7 +25,7 @@ from tests.test_configs import ROOT, SIZE, make_small
 
 PAGES = [ROOT / 'README.md', ROOT / 'configs/README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
 # What a reader puts in place of these, here.
-PLACES = {'/path/to/mmprotune': str(ROOT), 'path/to/configs': str(ROOT / 'configs')}
+PLACES = {'mmprotune::': f'{ROOT}/configs/', 'path/to/configs': str(ROOT / 'configs')}
 
 
 def snippets(language: str) -> list:

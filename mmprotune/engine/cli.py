@@ -156,7 +156,9 @@ def load_config(name: str) -> Config:
                 raise LaunchError(f'config: no file {name!r}')
             return Config.fromfile(name)
 
-        package = name.partition('::')[0]
+        package, _, path = name.partition('::')
+        if '/' not in path:
+            raise LaunchError(f'config {name!r}: expected package::folder/file.py')
         # get_config would go and install a package that is missing.
         if importlib.util.find_spec(package) is None:
             raise LaunchError(f'config {name!r}: the package {package!r} is not installed')

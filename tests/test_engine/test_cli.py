@@ -48,6 +48,7 @@ def test_load_config_by_path(tmp_path):
 @pytest.mark.parametrize(('name', 'message'), [
     ('no/such_file.py', "no file 'no/such_file.py'"),
     ('mmdet::retinanet/no_such.py', "not shipped by 'mmdet'"),
+    ('mmdet::no_folder.py', 'expected package::folder/file.py'),
     ('mmnothing::a/b.py', "the package 'mmnothing' is not installed"),
 ])
 def test_load_config_refuses(name, message):
