@@ -9,6 +9,7 @@ from .version import __version__, check_environment
 check_environment()
 
 from . import checkpoint  # noqa: E402
+from .checkpoints.slim import prompt_parameters  # noqa: E402
 from .engine.config import protune  # noqa: E402
 from .engine.hooks import (  # noqa: E402
     FreezeGuardHook,
@@ -30,5 +31,6 @@ checkpoint.register()
 __all__ = [
     'FreezeGuardHook', 'FrozenSnapshot', 'FrozenTensorsChanged', 'MMProtuneError', 'NonFiniteError',
     'NonFiniteGuardHook', 'PromptBlock', 'PromptCheckpointHook', 'PromptStatsHook',
-    'PromptedBackbone', 'RanksDisagree', '__version__', 'audit', 'checkpoint', 'protune'
+    'PromptedBackbone', 'RanksDisagree', '__version__', 'audit', 'checkpoint', 'prompt_parameters',
+    'protune'
 ]

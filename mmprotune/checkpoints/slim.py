@@ -30,6 +30,26 @@ def prompted_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, m) for path, m in model.named_modules() if FINGERPRINT in m._buffers]
 
 
+def prompt_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """What trains inside the prompted backbones of a model.
+
+    Args:
+        model (nn.Module): Any model; one without prompted backbones has none.
+
+    Returns:
+        dict[str, dict[str, nn.Parameter]]: Parameters that require a gradient, by their dotted
+        names in the model, in two groups: 'prompts', and 'backbone' for what the pre-trained file
+        left to train or ``trainable`` names.
+    """
+    groups: dict[str, dict[str, nn.Parameter]] = dict(prompts={}, backbone={})
+    for path, part in prompted_parts(model):
+        prompts = {id(param) for param in part.prompts.parameters()}
+        for name, param in part.named_parameters(prefix=path):
+            if param.requires_grad:
+                groups['prompts' if id(param) in prompts else 'backbone'][name] = param
+    return groups
+
+
 def training_names(part: nn.Module) -> list[str]:
     """Dotted names of the parameters of a prompted backbone's frozen network that train."""
     return [name for name, _ in part.backbone.named_parameters() if name not in part.frozen_names]

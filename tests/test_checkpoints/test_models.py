@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import load_checkpoint
 
-from mmprotune import checkpoint
+from mmprotune import checkpoint, prompt_parameters
 from mmprotune.checkpoints.convert import build_model
 from mmprotune.engine.hooks import PromptCheckpointHook
 from mmprotune.errors import (
@@ -60,6 +60,25 @@ def _same(a, b):
     a, b = checkpoint.full_state_dict(a), checkpoint.full_state_dict(b)
     return a.keys() == b.keys() and all(
         torch.equal(a[k], b[k]) for k in a if not k.endswith('frozen_fingerprint'))
+
+
+# --- what trains -----------------------------------------------------------------------------
+
+
+def test_what_trains_inside_is_told_by_group(file):
+    model = build_model(_cfg(file, trainable=[r'layer4\.1\.conv2\..*']))
+    groups = prompt_parameters(model)
+    assert {*groups['backbone']} == {
+        'backbone.backbone.bn1.weight', 'backbone.backbone.bn1.bias',
+        'backbone.backbone.layer4.1.conv2.weight'}
+    assert {*groups['prompts']} == {
+        name for name, _ in model.named_parameters() if name.startswith('backbone.prompts.')}
+    named = dict(model.named_parameters())
+    assert all(param is named[name] for group in groups.values() for name, param in group.items())
+    # A backbone alone, and a model that has none.
+    alone = prompt_parameters(model.backbone)
+    assert 'backbone.bn1.weight' in alone['backbone'] and alone['prompts']
+    assert prompt_parameters(model.head) == dict(prompts={}, backbone={})
 
 
 # --- merged and extracted --------------------------------------------------------------------
