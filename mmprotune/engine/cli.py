@@ -20,7 +20,6 @@ from mmengine.logging import MMLogger
 
 from mmprotune.checkpoints.resuming import newest
 from mmprotune.config_nodes import node_of, prompted_nodes, training_patterns, type_name
-from mmprotune.datasets.checked import dataset_error
 from mmprotune.engine.config import protune
 from mmprotune.errors import LaunchError, MMProtuneError
 
@@ -74,6 +73,7 @@ def run_tool(main: Callable[[], None]) -> int:
     except Exception as error:
         told = error
         if not isinstance(error, (URLError, MMProtuneError)):
+            from mmprotune.datasets.checked import dataset_error  # with mmseg, which takes seconds
             told = dataset_error(error)
         if told is None or os.environ.get('MMPROTUNE_DEBUG') == '1':
             raise
