@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from mmprotune.errors import CheckpointError, IncompleteCheckpoint, NonFiniteCheckpoint, listed
-from mmprotune.frozen import fingerprint
+from mmprotune.frozen.fingerprint import fingerprint, identity
 
 from .meta import origin_hint
 from .reading import is_plain, read, state_dict_of
-from .slim import FINGERPRINT, check_incoming, compare, identity, prompted_parts
+from .slim import FINGERPRINT, check_incoming, compare, prompted_parts
 
 
 def full_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
@@ -23,7 +23,7 @@ def full_state_dict(model: nn.Module) -> OrderedDict[str, Tensor]:
         frozen = {name: tensor.detach() for name, tensor in part.frozen_tensors().items()}
         state_dict.update((prefix + name, tensor) for name, tensor in frozen.items())
         # Of what is written: the model may have been cast since its own was taken.
-        state_dict[_key(path)] = fingerprint({n: frozen[n] for n in identity(frozen)})
+        state_dict[_key(path)] = fingerprint(identity(frozen))
     return state_dict
 
 

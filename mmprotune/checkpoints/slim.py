@@ -15,8 +15,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmprotune.errors import FingerprintMismatch, FunctionMismatch, IncompleteCheckpoint, listed
-from mmprotune.frozen import fingerprint
-from mmprotune.frozen.fingerprint import OPTIONAL_BUFFERS
+from mmprotune.frozen.fingerprint import fingerprint, identity
 
 FINGERPRINT = 'frozen_fingerprint'
 FUNCTION = 'frozen_function'
@@ -104,11 +103,6 @@ class _FullLoad:
             module.own_fingerprint = hex_of(sha)
 
 
-def identity(names) -> list[str]:
-    """Names of the frozen tensors that make a backbone the same one."""
-    return [name for name in names if name.rpartition('.')[2] not in OPTIONAL_BUFFERS]
-
-
 def _check_together(where: str, sha: Tensor, own: Mapping[str, Tensor],
                     frozen: Mapping[str, Tensor]) -> bool:
     """Raises when the frozen tensors that came do not have the fingerprint that came with them.
@@ -118,13 +112,13 @@ def _check_together(where: str, sha: Tensor, own: Mapping[str, Tensor],
     Returns:
         bool: Whether the file's model froze the same ones.
     """
-    names = identity(frozen)
-    found = fingerprint({name: own.get(f'backbone.{name}', frozen[name]) for name in names})
+    found = fingerprint({name: own.get(f'backbone.{name}', tensor)
+                         for name, tensor in identity(frozen).items()})
     if torch.equal(sha.cpu(), found):
         return True
     # Where the file's model froze everything and this one does not, the file is whole too.
     inner = {key.partition('.')[2]: t for key, t in own.items() if key.startswith('backbone.')}
-    if not torch.equal(sha.cpu(), fingerprint({name: inner[name] for name in identity(inner)})):
+    if not torch.equal(sha.cpu(), fingerprint(identity(inner))):
         raise FingerprintMismatch(
             f'{where}: the frozen tensors in the checkpoint do not match the fingerprint in it: '
             f'expected {short(sha)}, got {short(found)}; the file is damaged or was put '
