@@ -8,7 +8,12 @@ from mmengine.config import Config
 from mmprotune import checkpoint
 from mmprotune.engine import cli
 from mmprotune.engine.hooks import PromptCheckpointHook
-from mmprotune.errors import IncompleteCheckpoint, UnreadableCheckpoint
+from mmprotune.errors import (
+    IncompleteCheckpoint,
+    UnreadableCheckpoint,
+)
+
+from .models import prompted_config, save_model, trained_model
 
 
 def _write(path, **content):
@@ -58,3 +63,11 @@ def test_a_list_is_no_checkpoint_to_resume_from(tmp_path):
     torch.save([1, 2], tmp_path / 'epoch_1.pth')
     with pytest.raises(UnreadableCheckpoint, match='expected a dict'):
         checkpoint.newest(tmp_path)
+
+
+def test_resuming_needs_an_optimizer_without_strict_too(file, tmp_path):
+    model = trained_model(prompted_config(file))
+    content = torch.load(save_model(model, tmp_path / 'epoch_1.pth', epoch=1, iter=2))
+    runner = SimpleNamespace(_resume=True, _load_from='epoch_1.pth', model=model)
+    with pytest.raises(IncompleteCheckpoint, match='no optimizer and no message_hub'):
+        PromptCheckpointHook(strict=False).after_load_checkpoint(runner, content)

@@ -12,7 +12,7 @@ from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint
 
-from mmprotune import checkpoint
+from mmprotune import checkpoint, prompt_parameters
 from mmprotune.checkpoints.convert import build_model
 from mmprotune.errors import (
     CheckpointError,
@@ -22,6 +22,8 @@ from mmprotune.errors import (
 )
 from tests.conftest import RESNET18, build, wake
 from tests.detection import detector_cfg, draw_coco, run
+
+from .models import prompted_config
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -398,3 +400,19 @@ def test_the_tool(trained, tmp_path):
     assert 'Traceback' not in done.stderr
     done = _tool('verify', config, tmp_path / 'none.pth')
     assert done.returncode == 1 and 'none.pth can not be found' in done.stderr
+
+
+def test_what_trains_inside_is_told_by_group(file):
+    model = build_model(prompted_config(file, trainable=[r'layer4\.1\.conv2\..*']))
+    groups = prompt_parameters(model)
+    assert {*groups['backbone']} == {
+        'backbone.backbone.bn1.weight', 'backbone.backbone.bn1.bias',
+        'backbone.backbone.layer4.1.conv2.weight'}
+    assert {*groups['prompts']} == {
+        name for name, _ in model.named_parameters() if name.startswith('backbone.prompts.')}
+    named = dict(model.named_parameters())
+    assert all(param is named[name] for group in groups.values() for name, param in group.items())
+    # A backbone alone, and a model that has none.
+    alone = prompt_parameters(model.backbone)
+    assert 'backbone.bn1.weight' in alone['backbone'] and alone['prompts']
+    assert prompt_parameters(model.head) == dict(prompts={}, backbone={})
