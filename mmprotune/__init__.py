@@ -9,21 +9,28 @@ from .version import __version__, check_environment
 check_environment()
 
 from . import checkpoint  # noqa: E402
+from .checkpoints.slim import prompt_parameters  # noqa: E402
+from .engine.config import protune  # noqa: E402
 from .engine.hooks import (  # noqa: E402
     FreezeGuardHook,
-    NonFiniteError,
     NonFiniteGuardHook,
     PromptCheckpointHook,
     PromptStatsHook,
+)
+from .errors import (  # noqa: E402
+    FrozenTensorsChanged,
+    MMProtuneError,
+    NonFiniteError,
     RanksDisagree,
 )
-from .freezing import FrozenSnapshot, FrozenTensorsChanged, audit  # noqa: E402
-from .models import PromptBlock, PromptedBackbone, protune  # noqa: E402
+from .freezing import FrozenSnapshot, audit  # noqa: E402
+from .models import PromptBlock, PromptedBackbone  # noqa: E402
 
 checkpoint.register()
 
 __all__ = [
-    'FreezeGuardHook', 'FrozenSnapshot', 'FrozenTensorsChanged', 'NonFiniteError',
+    'FreezeGuardHook', 'FrozenSnapshot', 'FrozenTensorsChanged', 'MMProtuneError', 'NonFiniteError',
     'NonFiniteGuardHook', 'PromptBlock', 'PromptCheckpointHook', 'PromptStatsHook',
-    'PromptedBackbone', 'RanksDisagree', '__version__', 'audit', 'checkpoint', 'protune'
+    'PromptedBackbone', 'RanksDisagree', '__version__', 'audit', 'checkpoint', 'prompt_parameters',
+    'protune'
 ]

@@ -172,6 +172,33 @@ def pull_in_files(model: Any) -> list[str]:
     return moved
 
 
+def without_pretrained(cfg: Config) -> Config:
+    """A copy of a config whose model builds without any weight file.
+
+    Drops every ``init_cfg`` of type Pretrained, every ``pretrained``, ``checkpoint_path`` and
+    ``frozen_from``; a ``PromptedBackbone`` gets ``freeze='all'``, as there is no file left that
+    could say what is to be frozen.
+
+    Args:
+        cfg (Config): The config, left as it is.
+
+    Returns:
+        Config: The copy.
+    """
+    cfg = copy.deepcopy(cfg)
+    for node in dicts_in(cfg.get('model')):
+        if type_name(node) == 'PromptedBackbone':
+            node['freeze'] = 'all'
+        for key in ('pretrained', 'checkpoint_path', 'frozen_from'):
+            node.pop(key, None)
+        init_cfg = node.get('init_cfg')
+        if isinstance(init_cfg, (list, tuple)):
+            node['init_cfg'] = [one for one in init_cfg if file_of(one) is None]
+        elif file_of(init_cfg) is not None:
+            del node['init_cfg']
+    return cfg
+
+
 # --- data sets -------------------------------------------------------------------------------
 
 

@@ -1,9 +1,16 @@
-"""Registries: children of MMEngine's roots, in the scope ``mmprotune``.
+"""Where MMEngine finds what the package has: components, and configs by ``mmprotune::…``.
+
+The registries are children of MMEngine's roots, in the scope ``mmprotune``.
 
 ``locations`` lets a type written ``mmprotune.X`` import its module from any host's scope, so that
 no config needs ``custom_imports``.
 """
 from mmengine import registry as _roots
+from mmengine.config.utils import MODULE2PACKAGE
+
+# The name of a distribution is expected. Where that is installed in editable mode, its place is not
+# that of the module; of a module that is no distribution, MMEngine takes the folder.
+MODULE2PACKAGE['mmprotune'] = 'mmprotune.registry'
 
 MODELS = _roots.Registry(
     'model', parent=_roots.MODELS, scope='mmprotune',
@@ -14,8 +21,11 @@ DATASETS = _roots.Registry(
     'dataset', parent=_roots.DATASETS, scope='mmprotune', locations=['mmprotune.datasets'])
 TRANSFORMS = _roots.Registry(
     'transform', parent=_roots.TRANSFORMS, scope='mmprotune',
-    locations=['mmprotune.datasets', 'mmprotune.engine.data_faults'])
+    locations=['mmprotune.datasets'])
 METRICS = _roots.Registry(
     'metric', parent=_roots.METRICS, scope='mmprotune', locations=['mmprotune.evaluation'])
 EVALUATOR = _roots.Registry(
     'evaluator', parent=_roots.EVALUATOR, scope='mmprotune', locations=['mmprotune.evaluation'])
+MODEL_WRAPPERS = _roots.Registry(
+    'model_wrapper', parent=_roots.MODEL_WRAPPERS, scope='mmprotune',
+    locations=['mmprotune.engine.processes'])

@@ -66,7 +66,7 @@ def test_what_a_real_file_leaves_trains(weights, tmp_path):
 
 
 def test_the_file_of_another_backbone_is_an_error(weights):
-    from mmprotune.models.prompted_backbone import PretrainedFileError
+    from mmprotune.errors import PretrainedFileError
     with pytest.raises(PretrainedFileError, match='90%; shapes that differ: layer1'):
         _prompted(dict(type='mmdet.ResNet', depth=50), weights / 'resnet18_in1k_pqf.pth')
 

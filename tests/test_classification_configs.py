@@ -15,12 +15,13 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS, OPTIM_WRAPPERS, init_default_scope
 from mmengine.runner import set_random_seed
 
+from mmprotune.config_nodes import without_pretrained
 from mmprotune.datasets import LongTailedDataset
-from mmprotune.engine import launch
-from mmprotune.engine.noise_batch import noise_item
+from mmprotune.engine import cli
 from mmprotune.evaluation.class_map import MAPS
 from mmprotune.models import PromptedBackbone, calls
 from mmprotune.registry import DATASETS
+from mmprotune.testing.noise_batch import noise_item
 
 from .classification import classification_scope, draw_folder
 
@@ -44,7 +45,7 @@ def parsed(method: str, backbone: str, data: str, **env: str):
     env = {f'MMPROTUNE_{key}': value for key, value in env.items()}
     env.update(MMPROTUNE_BACKBONE=backbone, MMPROTUNE_DATA=data, MMPROTUNE_SIZE=str(SIZE))
     with mock.patch.dict(os.environ, env):
-        return launch.load_config(str(CONFIGS / f'linear_any_{method}_any.py'))
+        return cli.load_config(str(CONFIGS / f'linear_any_{method}_any.py'))
 
 
 def load(*args, **env):
@@ -53,7 +54,7 @@ def load(*args, **env):
 
 def build(cfg):
     init_default_scope('mmpretrain')
-    cfg = launch.without_pretrained(cfg)
+    cfg = without_pretrained(cfg)
     cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     set_random_seed(0)
     model = MODELS.build(cfg.model)

@@ -14,9 +14,11 @@ import yaml
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import set_random_seed
 
-from mmprotune.engine import launch
-from mmprotune.engine.noise_batch import noise_item
+from mmprotune.config_nodes import without_pretrained
+from mmprotune.engine import cli
+from mmprotune.engine.runner import build_runner
 from mmprotune.models import PromptedBackbone
+from mmprotune.testing.noise_batch import noise_item
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
@@ -46,7 +48,7 @@ all_configs_to_train = pytest.mark.parametrize('path', [
 
 @functools.cache
 def parsed(path: pathlib.Path):
-    return launch.load_config(str(path))
+    return cli.load_config(str(path))
 
 
 @pytest.fixture
@@ -127,13 +129,13 @@ def test_methods_differ_in_the_backbone_only():
 
 @all_configs_to_train
 def test_one_step_changes_the_declared_parameters_only(path, cfg, tmp_path):
-    cfg = launch.without_pretrained(cfg)
+    cfg = without_pretrained(cfg)
     make_small(cfg)
     cfg.launcher = 'none'
     cfg.work_dir = str(tmp_path)
     cfg.experiment_name = path.stem
     set_random_seed(0)
-    runner = launch.build_runner(cfg)
+    runner = build_runner(cfg)
     model = runner.model
     model.init_weights()
     optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)

@@ -17,13 +17,15 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
 
-from mmprotune.engine import launch
-from mmprotune.engine.noise_batch import noise_item
+from mmprotune.config_nodes import without_pretrained
+from mmprotune.engine import cli
+from mmprotune.engine.runner import build_runner
+from mmprotune.testing.noise_batch import noise_item
 from tests.test_configs import ROOT, SIZE, make_small
 
 PAGES = [ROOT / 'README.md', ROOT / 'configs/README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
 # What a reader puts in place of these, here.
-PLACES = {'/path/to/mmprotune': str(ROOT), 'path/to/configs': str(ROOT / 'configs')}
+PLACES = {'mmprotune::': f'{ROOT}/configs/', 'path/to/configs': str(ROOT / 'configs')}
 
 
 def snippets(language: str) -> list:
@@ -55,16 +57,16 @@ def test_config_snippets_train_prompts_and_head(code, tmp_path):
         (tmp_path / path.name).symlink_to(path)
     file = tmp_path / 'of_the_documentation.py'
     file.write_text(code)
-    cfg = launch.load_config(str(file))
+    cfg = cli.load_config(str(file))
     if 'PromptedBackbone' not in str(cfg.model.backbone.type):
         pytest.skip('only inherits hooks')
-    cfg = launch.without_pretrained(cfg)
+    cfg = without_pretrained(cfg)
     assert cfg.model.backbone['freeze'] == 'all'
     assert [hook['type'].partition('.')[0] for hook in cfg.custom_hooks][:3] == ['mmprotune'] * 3
     make_small(cfg)
     cfg.launcher, cfg.work_dir = 'none', str(tmp_path / 'run')
     cfg.experiment_name = file.stem
-    runner = launch.build_runner(cfg)
+    runner = build_runner(cfg)
     runner.model.init_weights()
     optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     rng = np.random.default_rng(0)
@@ -140,7 +142,7 @@ def check_tool(path: str, words: list[str], capsys) -> None:
         options = words[words.index('--cfg-options') + 1:]
         config = next((w for w in words if w.endswith('.py') and '$' not in w), None)
         if config is not None:
-            check_options(launch.load_config(str(ROOT / config) if '::' not in config else config),
+            check_options(cli.load_config(str(ROOT / config) if '::' not in config else config),
                           [w for w in options if '=' in w and not w.startswith('--')])
 
 

@@ -138,6 +138,32 @@ def test_building_over_an_editable_installation(tmp_path):
     assert names_below(names, 'mmprotune/.mim/configs/') == files_below(tree / 'configs')
 
 
+@pytest.mark.parametrize('editable', [False, True])
+def test_configs_stand_on_installed_ones(editable, wheel, tmp_path):
+    """`mmprotune::…` as a base, from a wheel and from the linked source."""
+    if editable:
+        site = copy_tree(tmp_path / 'tree')
+        pip('install', '--ignore-installed', '--target', tmp_path / 'site', '--editable', site,
+            cwd=site)
+    else:
+        site = tmp_path / 'site'
+        wheel.extractall(site)
+    config = tmp_path / 'config.py'
+    config.write_text("_base_ = 'mmprotune::_base_/protune.py'\n")
+    script = f"""
+import sys
+sys.path.insert(0, {str(site)!r})
+import mmprotune
+from mmengine.config import Config
+from mmengine.registry import HOOKS
+assert mmprotune.__file__.startswith({str(site)!r}), mmprotune.__file__
+cfg = Config.fromfile({str(config)!r})
+print(*(type(HOOKS.build(hook)).__name__ for hook in cfg.custom_hooks))
+"""
+    printed = run(sys.executable, '-W', 'ignore', '-c', script, cwd=tmp_path)
+    assert printed.splitlines()[-1] == 'PromptCheckpointHook FreezeGuardHook PromptStatsHook'
+
+
 def test_a_tree_without_its_configs_is_refused(tmp_path):
     tree = copy_tree(tmp_path / 'tree')
     shutil.rmtree(tree / 'configs')

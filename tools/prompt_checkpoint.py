@@ -6,10 +6,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from mmengine.config import DictAction
-
 from mmprotune import checkpoint
-from mmprotune.engine import launch
+from mmprotune.engine import cli
+from mmprotune.errors import LaunchError
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -26,14 +25,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if name in ('info', 'verify'):
             verb[name].add_argument('--json', action='store_true', help='print JSON, on one line')
         if name != 'info':
-            verb[name].add_argument('config', help='config of the prompted model')
+            cli.add_config_arguments(verb[name])
         verb[name].add_argument('checkpoint', help='local checkpoint file')
         if name in ('extract', 'merge'):
             verb[name].add_argument('out', help='file to write')
             verb[name].add_argument('--force', action='store_true', help='replace OUT')
-        if name != 'info':
-            verb[name].add_argument(
-                '--cfg-options', nargs='+', action=DictAction, help='override keys of the config')
     return parser.parse_args(argv)
 
 
@@ -75,16 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.verb == 'info':
             info = checkpoint.inspect(args.checkpoint)
         else:
-            cfg = launch.load_config(args.config)
-            if args.cfg_options is not None:
-                cfg.merge_from_dict(args.cfg_options)
+            cfg = cli.read_config(args)
             if args.verb == 'verify':
                 info = checkpoint.verify(args.checkpoint, cfg)
             else:
                 write = checkpoint.extract if args.verb == 'extract' else checkpoint.merge
                 info = write(args.checkpoint, cfg, args.out, force=args.force)
     except OSError as error:  # a missing or unwritable file, an output that exists
-        raise launch.LaunchError(str(error)) from error
+        raise LaunchError(str(error)) from error
     if getattr(args, 'json', False):
         print(json.dumps(info))
         return
@@ -94,4 +88,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(launch.run_tool(main))
+    sys.exit(cli.run_tool(main))

@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-import os
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +11,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import DumpResults
 from mmengine.registry import HOOKS, init_default_scope
 
-from mmprotune.engine import launch
+from mmprotune.engine import cli
+from mmprotune.engine.runner import build_runner
+from mmprotune.errors import LaunchError
 
 # Used where a config with --tta has no tta_model of its own.
 TTA_MODELS = dict(
@@ -24,8 +25,7 @@ TTA_MODELS = dict(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    launch.add_arguments(parser)
-    parser.add_argument('checkpoint', help='checkpoint file')
+    cli.add_arguments(parser, checkpoint=True)
     parser.add_argument(
         '--protune',
         action='store_true',
@@ -49,30 +49,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Arguments; None means the command line's.
     """
     args = parse_args(argv)
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
-        raise launch.LaunchError(f'--out must end with .pkl or .pickle, got {args.out!r}')
-    launch.check_checkpoint_path('checkpoint', args.checkpoint)
-
-    cfg = launch.load_config(args.config)
-    if args.protune:
-        cfg = launch.wrap_config(cfg, args.cfg_options)
-    cfg.launcher = args.launcher
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    launch.set_work_dir(cfg, args, suffix='_protune' if args.protune else '')
-    cfg.load_from = args.checkpoint
-    cfg.resume = False
+        raise LaunchError(f'--out must end with .pkl or .pickle, got {args.out!r}')
+    cfg = cli.set_up(args)
     if args.show or args.show_dir:
         if args.tta and cfg.get('default_scope') == 'mmpretrain':
-            raise launch.LaunchError(
+            raise LaunchError(
                 "--tta: mmpretrain's hook draws what the model saw, which are several versions of "
                 'an image here; leave --show and --show-dir out')
         draw_predictions(cfg, args)
     if args.tta:
         use_tta(cfg)
 
-    runner = launch.build_runner(cfg)
+    runner = build_runner(cfg)
     if args.out is not None:
         runner.test_evaluator.metrics.append(_dump_metric(cfg)(out_file_path=args.out))
     runner.test()
@@ -90,7 +79,7 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     """
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
-        raise launch.LaunchError(
+        raise LaunchError(
             '--show and --show-dir need a hook that draws: the config has no '
             'default_hooks.visualization')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
@@ -99,7 +88,7 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
         with HOOKS.switch_scope_and_registry(hook.get('_scope_')) as registry:
             cls = registry.get(cls)
     if cls is None:
-        raise launch.LaunchError(
+        raise LaunchError(
             f"default_hooks.visualization.type={hook['type']!r} is not registered")
     # The libraries' hooks do the same under different names.
     names = inspect.signature(cls.__init__).parameters
@@ -132,7 +121,7 @@ def use_tta(cfg: Config) -> None:
     if cfg.get('tta_model') is None:
         scope = cfg.get('default_scope')
         if scope not in TTA_MODELS:
-            raise launch.LaunchError(
+            raise LaunchError(
                 f'--tta: the config has no tta_model, and default_scope={scope!r} is none of '
                 f'{sorted(TTA_MODELS)}')
         cfg.tta_model = TTA_MODELS[scope]
@@ -166,4 +155,4 @@ def _dump_metric(cfg: Config) -> type[DumpResults]:
 
 
 if __name__ == '__main__':
-    sys.exit(launch.run_tool(main))
+    sys.exit(cli.run_tool(main))

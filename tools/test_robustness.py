@@ -14,12 +14,13 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.utils import ProgressBar
 
-from mmprotune.engine import launch
-from mmprotune.evaluation import ClassMapError, mean_corruption_error
+from mmprotune.engine import cli
+from mmprotune.engine.runner import build_runner
+from mmprotune.errors import LaunchError
+from mmprotune.evaluation import mean_corruption_error
 from mmprotune.evaluation.scenarios import (
     SCENARIOS,
     Options,
-    ScenarioError,
     describe_checkpoint,
     make_cells,
     run_cell,
@@ -31,8 +32,7 @@ ECE = 'calibration/ece'
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    launch.add_arguments(parser)
-    parser.add_argument('checkpoint', help='checkpoint file, slim or full')
+    cli.add_arguments(parser, checkpoint=True)
     parser.add_argument('--scenario', required=True, choices=SCENARIOS)
     parser.add_argument(
         '--out', metavar='DIR', help='where JSON, table and plot go; a run that was cut off goes '
@@ -66,17 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Arguments; None means the command line's.
     """
     args = parse_args(argv)
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.launcher != 'none':
-        raise launch.LaunchError('--launcher: the scenarios run in one process')
-    launch.check_checkpoint_path('checkpoint', args.checkpoint)
+        raise LaunchError('--launcher: the scenarios run in one process')
     reference = read_reference(args.reference)
-    cfg = launch.load_config(args.config)
-    cfg.launcher = 'none'
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    launch.set_work_dir(cfg, args)
-    cfg.load_from, cfg.resume = args.checkpoint, False
+    cfg = cli.set_up(args)
     out = args.out or cfg.work_dir
     os.makedirs(out, exist_ok=True)
 
@@ -85,14 +78,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = read_options(args)
         cells = make_cells(cfg, args.scenario, options)
         # Wrong maps and missing packages come up now, not after an hour.
-        runner = build_runner(cfg)
+        runner = load_runner(cfg)
         report = evaluate(runner, cells, osp.join(out, f'{args.scenario}.json'),
                           describe_run(args, options))
         report['summary'] = summarise(args.scenario, report['cells'], reference)
-    except (ClassMapError, ScenarioError, ImportError, OSError, ValueError) as error:
-        if isinstance(error, launch.LaunchError):
+    except (ImportError, OSError, ValueError) as error:
+        if isinstance(error, LaunchError):
             raise
-        raise launch.LaunchError(f'--scenario {args.scenario}: {error}') from error
+        raise LaunchError(f'--scenario {args.scenario}: {error}') from error
     write_json(osp.join(out, f'{args.scenario}.json'), report)
     text = table(report)
     with open(osp.join(out, f'{args.scenario}.txt'), 'w', encoding='utf-8') as file:
@@ -140,14 +133,14 @@ def read_reference(path: str | None) -> dict | None:
             cells = json.load(file)['cells']
         return errors_of(cells)
     except (OSError, KeyError, ValueError) as error:
-        raise launch.LaunchError(
+        raise LaunchError(
             f'--reference: {path!r} is no corruption.json: {error!r}') from error
 
 
-def build_runner(cfg: Config):
+def load_runner(cfg: Config):
     """A Runner whose model has the checkpoint's weights."""
     cfg.log_level = 'WARNING'
-    runner = launch.build_runner(cfg)
+    runner = build_runner(cfg)
     # As Runner.test() begins; the loggers set themselves up there.
     runner.call_hook('before_run')
     runner.load_or_resume()
@@ -174,7 +167,7 @@ def evaluate(runner, cells: Sequence, path: str, description: dict) -> dict:
         if old.get('run') == description:
             done = old['cells']
         else:
-            launch.notify(f'{path} is of another run and will be overwritten')
+            cli.notify(f'{path} is of another run and will be overwritten')
     found = sum(cell.name in done for cell in cells)
     if found:
         print(f'{found} of {len(cells)} cells are in {path} already')
@@ -277,4 +270,4 @@ def plot(scenario: str, report: dict, path: str) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(launch.run_tool(main))
+    sys.exit(cli.run_tool(main))

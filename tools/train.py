@@ -2,16 +2,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
-from mmprotune.engine import launch
+from mmprotune.engine import cli
+from mmprotune.engine.runner import build_runner
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    launch.add_arguments(parser)
+    cli.add_arguments(parser)
     parser.add_argument(
         '--protune',
         action='store_true',
@@ -38,25 +38,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Arguments; None means the command line's.
     """
     args = parse_args(argv)
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-
-    cfg = launch.load_config(args.config)
-    if args.protune:
-        cfg = launch.wrap_config(cfg, args.cfg_options)
-    cfg.launcher = args.launcher
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    launch.set_work_dir(cfg, args, suffix='_protune' if args.protune else '')
+    cfg = cli.set_up(args)
     if args.amp:
-        launch.use_amp(cfg)
+        cli.use_amp(cfg)
     if args.auto_scale_lr:
-        launch.use_auto_scale_lr(cfg)
-    launch.set_resume(cfg, args.resume)
+        cli.use_auto_scale_lr(cfg)
+    cli.set_resume(cfg, args.resume)
     if cfg.get('load_from'):
-        launch.check_checkpoint_path('load_from', cfg.load_from)
+        cli.check_checkpoint_path('load_from', cfg.load_from)
 
-    launch.build_runner(cfg).train()
+    build_runner(cfg).train()
 
 
 if __name__ == '__main__':
-    sys.exit(launch.run_tool(main))
+    sys.exit(cli.run_tool(main))

@@ -10,13 +10,10 @@ from mmengine.evaluator import Evaluator
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
+from mmprotune.errors import ClassMapError, listed
 from mmprotune.registry import EVALUATOR
 
 MAPS = ('names', 'indices', 'wordnet')
-
-
-class ClassMapError(ValueError):
-    """A class map does not fit the classes of the model or of the shifted set."""
 
 
 class ClassMap:
@@ -69,12 +66,12 @@ class ClassMap:
         class_map = {str(name): value for name, value in class_map.items()}
         missing = [name for name in target if name not in class_map]
         if missing:
-            raise ClassMapError(f'class_map has no entry for {_some(missing)} of the evaluated '
-                                'set; None leaves its images out')
+            raise ClassMapError(f'class_map has no entry for {listed(missing, 8, repr)} of the '
+                                'evaluated set; None leaves its images out')
         unknown = [name for name in class_map if name not in target]
         if unknown:
-            raise ClassMapError(f'class_map has entries for {_some(unknown)}, which the evaluated '
-                                f'set does not have; it has {_some(target)}')
+            raise ClassMapError(f'class_map has entries for {listed(unknown, 8, repr)}, which the '
+                                f'evaluated set does not have; it has {listed(target, 8, repr)}')
 
         index_of = {name: i for i, name in enumerate(source)}
         self.members: list[list[int]] = []
@@ -142,7 +139,7 @@ def _lookup(value, name: str, index_of: Mapping[str, int], source: Sequence[str]
         return value
     if value not in index_of:
         raise ClassMapError(f'class_map[{name!r}] is {value!r}, which is no class of the model; '
-                            f'its classes are {_some(source)}')
+                            f'its classes are {listed(source, 8, repr)}')
     return index_of[value]
 
 
@@ -157,11 +154,6 @@ def _wordnet_ids(num_source: int) -> list[str]:
         raise ClassMapError(f"class_map='wordnet' is for models with ImageNet's {len(names)} "
                             f'classes, got {num_source}')
     return names
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    rest = len(names) - most
-    return ', '.join(map(repr, names[:most])) + (f' and {rest} more' if rest > 0 else '')
 
 
 @EVALUATOR.register_module()

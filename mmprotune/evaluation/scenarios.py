@@ -17,16 +17,13 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner, TestLoop
 
 from mmprotune.config_nodes import type_name
+from mmprotune.errors import ScenarioError
 from mmprotune.registry import DATASETS
 
 from .attack import AttackedClassifier, check_attack
 from .shot_accuracy import count_classes
 
 SCENARIOS = ('corruption', 'adversarial', 'ood', 'longtail')
-
-
-class ScenarioError(ValueError):
-    """A scenario cannot be run with this config."""
 
 
 @dataclass(frozen=True)

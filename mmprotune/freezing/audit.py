@@ -3,12 +3,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from mmprotune.errors import FrozenTensorsChanged
+
 from .fingerprint import digest_tensors, fingerprint, identity
 from .freeze import frozen_tensors, live_modules
-
-
-class FrozenTensorsChanged(RuntimeError):
-    """A tensor declared frozen is not what it was, or is set up to change."""
 
 
 def _frozen_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -7,15 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mmprotune.errors import FrozenLayerError
+
 from .precision import Precision
 
 # Torch 2.1 and 2.2 have some things otherwise.
 TORCH_BEFORE_2_3 = torch.__version__ < (2, 3)
 _is_compiling = torch._utils.is_compiling if TORCH_BEFORE_2_3 else torch.compiler.is_compiling
-
-
-class FrozenLayerError(RuntimeError):
-    """A lean layer is used in a way in which its gradients would be wrong."""
 
 
 class LeanState:

@@ -1,5 +1,4 @@
 from .prompted_backbone import PromptedBackbone
 from .prompts import PromptBlock
-from .wrap import protune
 
-__all__ = ['PromptBlock', 'PromptedBackbone', 'protune']
+__all__ = ['PromptBlock', 'PromptedBackbone']

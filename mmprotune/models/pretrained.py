@@ -12,15 +12,12 @@ from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import nn
 
 from mmprotune.config_nodes import FILE_KEYS, dicts_in, file_inside, file_of
+from mmprotune.errors import PretrainedFileError
 from mmprotune.freezing import FillRecorder, freeze
 from mmprotune.registry import MODELS
 
 # A pre-trained file that fills less of the backbone than this is the wrong file.
 MINIMUM_FILLED = 0.9
-
-
-class PretrainedFileError(ValueError):
-    """The pre-trained file is missing, or is not this backbone's."""
 
 
 @dataclass

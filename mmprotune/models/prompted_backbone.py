@@ -17,7 +17,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mmprotune.checkpoint import check_incoming
+from mmprotune.checkpoints.slim import check_incoming
 from mmprotune.freezing import (
     apply_to_the_rest,
     fingerprint,

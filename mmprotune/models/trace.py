@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmprotune.errors import StageError
 from mmprotune.lean.dry_run import (
     image_shapes,
     noise,
@@ -22,10 +23,6 @@ from .layout import Layout, describe
 
 # Images of a dry run.
 BATCH = 2
-
-
-class StageError(ValueError):
-    """The stages of a backbone cannot be found."""
 
 
 @dataclass

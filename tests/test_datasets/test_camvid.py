@@ -6,7 +6,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS
 
-from mmprotune.engine import launch
+from mmprotune.engine import cli
 from tests.test_configs import ROOT
 
 SIZE = (360, 480)
@@ -33,7 +33,7 @@ def data_root(tmp_path):
 
 @pytest.fixture
 def cfg() -> Config:
-    return launch.load_config(str(ROOT / 'configs/upernet_r50_full_camvid.py'))
+    return cli.load_config(str(ROOT / 'configs/upernet_r50_full_camvid.py'))
 
 
 @pytest.mark.parametrize('part', ['train', 'val'])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from mmpretrain.structures import DataSample
 
-from mmprotune.evaluation import ClassMap, ClassMapError, ClassMapEvaluator
+from mmprotune.errors import ClassMapError
+from mmprotune.evaluation import ClassMap, ClassMapEvaluator
 from mmprotune.evaluation.scenarios import inverse_map
 
 from ..classification import classification_scope

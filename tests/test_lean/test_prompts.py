@@ -8,8 +8,8 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmprotune.errors import FrozenLayerError
 from mmprotune.lean.convert import restore
-from mmprotune.lean.graph import FrozenLayerError
 from mmprotune.lean.memory import KeptBytes
 from mmprotune.registry import MODELS
 from tests.conftest import RESNET18, autocast, build, wake

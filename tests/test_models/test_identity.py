@@ -7,7 +7,8 @@ import torch
 from mmengine.registry import MODELS as ROOT_MODELS
 
 from mmprotune import checkpoint
-from mmprotune.checkpoint import FunctionMismatch, full_state_dict
+from mmprotune.checkpoint import full_state_dict
+from mmprotune.errors import FunctionMismatch
 from mmprotune.models.identity import difference, pack, summary
 from tests.conftest import RESNET18, build, wake
 from tests.test_models.test_insertion import SWIN

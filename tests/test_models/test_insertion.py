@@ -5,8 +5,9 @@ import torch
 from mmdet.registry import MODELS
 from torch import nn
 
+from mmprotune.errors import StageError
 from mmprotune.models import calls
-from mmprotune.models.insertion import StageError, find_stages
+from mmprotune.models.insertion import find_stages
 from mmprotune.models.layout import Layout, describe, token_grid
 from tests.conftest import RESNET18, build, wake
 

@@ -161,7 +161,7 @@ def test_output_norms_that_no_file_holds_train(cfg, added, tmp_path):
 
 def test_too_little_is_an_error_with_both_sides_keys(resnet, tmp_path):
     """The line is drawn at 90%."""
-    from mmprotune.models.prompted_backbone import PretrainedFileError
+    from mmprotune.errors import PretrainedFileError
     names = [n for n, _ in MODELS.build(dict(RESNET)).named_parameters()]
     for share, enough in ((0.92, True), (0.88, False)):
         kept = set(names[:round(share * len(names))])
@@ -208,7 +208,7 @@ def test_a_whole_models_checkpoint_comes_after_the_backbones_own_file(resnet, tm
 
 
 def test_a_whole_model_of_something_else(tmp_path):
-    from mmprotune.models.prompted_backbone import PretrainedFileError
+    from mmprotune.errors import PretrainedFileError
     torch.save({'backbone.features.0.weight': torch.zeros(1)}, tmp_path / 'vgg.pth')
     with pytest.raises(PretrainedFileError, match=r'frozen_from: .*vgg.pth holds nothing of a '
                        r"ResNet.*'backbone.features.0.weight'.*'conv1.weight'"):

@@ -11,10 +11,10 @@ from mmengine.registry import DefaultScope
 from mmengine.runner.checkpoint import get_state_dict
 from torch import nn
 
-from mmprotune import FrozenSnapshot, FrozenTensorsChanged, PromptedBackbone, audit
+from mmprotune import FrozenSnapshot, PromptedBackbone, audit
 from mmprotune.checkpoint import full_state_dict
+from mmprotune.errors import FrozenTensorsChanged, PretrainedFileError
 from mmprotune.lean.dry_run import tensors_in
-from mmprotune.models.prompted_backbone import PretrainedFileError
 from tests.classification import classification_scope, classifier_cfg
 from tests.conftest import RESNET18, build, wake
 from tests.test_models.test_insertion import SWIN

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from mmengine.registry import DATASETS, init_default_scope
 
-from mmprotune.engine import launch
-from mmprotune.engine.data_faults import DataError, check_image_file, dataset_error
+from mmprotune.datasets.checked import check_image_file, dataset_error
+from mmprotune.engine import cli
+from mmprotune.errors import DataError
 from tests.detection import detector_cfg, draw_coco
 from tests.test_tools.conftest import load_tool
 
@@ -40,7 +41,7 @@ def start(tool, folder, weights, tmp_path, capsys, *argv, workers=0):
     cfg.train_dataloader.num_workers = workers
     cfg.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=False)
     cfg.dump(str(tmp_path / 'tiny.py'))
-    status = launch.run_tool(lambda: tool.main([str(tmp_path / 'tiny.py'), *argv]))
+    status = cli.run_tool(lambda: tool.main([str(tmp_path / 'tiny.py'), *argv]))
     return status, capsys.readouterr().err.strip().splitlines()
 
 
@@ -87,7 +88,7 @@ def test_long_images_train_at_their_size(broken, resnet18_file, tmp_path):
     dataset = cfg.train_dataloader.dataset
     dataset.pipeline = [t for t in dataset.pipeline if t['type'] != 'Resize']
     cfg.dump(str(tmp_path / 'tiny.py'))
-    assert launch.run_tool(lambda: train.main([str(tmp_path / 'tiny.py')])) == 0
+    assert cli.run_tool(lambda: train.main([str(tmp_path / 'tiny.py')])) == 0
 
 
 def test_images_in_worker_processes(broken, resnet18_file, tmp_path, capsys):
@@ -151,7 +152,7 @@ def test_classes_that_the_config_forgets(broken, resnet18_file, tmp_path, capsys
     del cfg.train_dataloader.dataset['metainfo']
     cfg.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=True)
     cfg.dump(str(tmp_path / 'tiny.py'))
-    assert launch.run_tool(lambda: train.main([str(tmp_path / 'tiny.py')])) == 1
+    assert cli.run_tool(lambda: train.main([str(tmp_path / 'tiny.py')])) == 1
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert f'{broken / "ann.json"} has objects of the classes \'square\', \'other\'' in err
     assert 'metainfo=dict(classes=…)' in err and "'person', 'bicycle'" in err and '72 more' in err
@@ -162,7 +163,7 @@ def test_a_filter_that_leaves_nothing(broken, resnet18_file, tmp_path, capsys):
     cfg = detector_cfg(prompted(resnet18_file), broken, tmp_path / 'run')
     cfg.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=True, min_size=1000)
     cfg.dump(str(tmp_path / 'tiny.py'))
-    assert launch.run_tool(lambda: train.main([str(tmp_path / 'tiny.py')])) == 1
+    assert cli.run_tool(lambda: train.main([str(tmp_path / 'tiny.py')])) == 1
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert 'was read, but leaves no image for CocoDataset' in err and "'min_size': 1000" in err
 

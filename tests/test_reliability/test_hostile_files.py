@@ -8,8 +8,9 @@ import torch
 from mmengine.runner import Runner
 
 from mmprotune import checkpoint
-from mmprotune.checkpoint import CheckpointError
-from mmprotune.engine import launch
+from mmprotune.checkpoints.convert import build_model
+from mmprotune.engine import cli
+from mmprotune.errors import CheckpointError
 from tests.conftest import wake
 from tests.test_tools.conftest import load_tool
 
@@ -77,7 +78,7 @@ def test_loading(corpus, trained):
     """All of them, into one model: nothing changes, or all of it is as the sound file has it."""
     folder, found = corpus
     cfg, _, good = trained
-    model = checkpoint._build(cfg)
+    model = build_model(cfg)
     wake(model, seed=5)
     before = _state(model)
     checkpoint.load(model, good)
@@ -148,7 +149,7 @@ def test_resuming_from_half_a_checkpoint(trained, tmp_path, key, value, match):
 
 def _run_tool(capsys, *argv):
     capsys.readouterr()
-    status = launch.run_tool(lambda: tool.main([str(a) for a in argv]))
+    status = cli.run_tool(lambda: tool.main([str(a) for a in argv]))
     out, err = capsys.readouterr()
     return status, out, err
 
@@ -193,7 +194,7 @@ def test_a_thousand_more(trained, tmp_path):
     """Other seeds: truncated and flipped anywhere."""
     cfg, _, good = trained
     data = Path(good).read_bytes()
-    model = checkpoint._build(cfg)
+    model = build_model(cfg)
     checkpoint.load(model, good)
     expected = _state(model)
     for variant in hostile.variants(data, tmp_path / 'canary', seed=1, number=1200):

@@ -7,7 +7,8 @@ from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS as ROOT_HOOKS
 
-from mmprotune import NonFiniteError, NonFiniteGuardHook
+from mmprotune import NonFiniteGuardHook
+from mmprotune.errors import NonFiniteError
 from tests.detection import detector_cfg, draw_coco, run
 
 from . import work  # noqa: F401  DrawNaN

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mmengine.registry import DefaultScope
 
 from mmprotune import PromptBlock, checkpoint
-from mmprotune.safe_io import CheckpointError
+from mmprotune.errors import CheckpointError
 from tests.conftest import build, wake
 from tests.test_models import test_layouts  # noqa: F401  registers ToyTokens
 

@@ -27,8 +27,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS, TRANSFORMS
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from mmprotune import FrozenSnapshot, safe_io
-from mmprotune.engine import launch
+from mmprotune import FrozenSnapshot
+from mmprotune.checkpoints import writing
+from mmprotune.engine import cli
 from mmprotune.engine.hooks import freeze_guard_hook
 from tests.test_tools.conftest import load_tool
 
@@ -155,7 +156,7 @@ def run_tool(name: str, argv: list[str], log: str, env: dict[str, str] | None = 
     if size_limit is not None:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (size_limit, size_limit))
-    status = launch.run_tool(lambda: load_tool(name).main(argv))
+    status = cli.run_tool(lambda: load_tool(name).main(argv))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # as a process ends that has nothing to tell its parent
@@ -185,7 +186,7 @@ def die_while_saving(step: str, nth: int, fraction: float) -> None:
         def opened(path, mode='r', *args, **kwargs):
             file = builtins.open(path, mode, *args, **kwargs)  # noqa: SIM115
             if mode == 'wb' and due():
-                safe_io._lock(file)
+                writing._lock(file)
                 real = file.write
 
                 class Torn:
@@ -207,7 +208,7 @@ def die_while_saving(step: str, nth: int, fraction: float) -> None:
                 return Torn()
             return file
 
-        safe_io.open = opened
+        writing.open = opened
     elif step == 'note':
 
         def noted(path, mode='r', *args, **kwargs):
@@ -218,8 +219,8 @@ def die_while_saving(step: str, nth: int, fraction: float) -> None:
 
         checkpoint_hook.open = noted
     else:
-        os_of_safe_io = _Os(step, due)
-        safe_io.os = os_of_safe_io
+        os_of_writing = _Os(step, due)
+        writing.os = os_of_writing
 
 
 class _Os:

@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from mmprotune.engine import launch
+from mmprotune.engine import cli
 
 from .conftest import REPO, load_tool
 
@@ -121,7 +121,7 @@ def test_weights_freeze_what_the_file_fills(tmp_path, project, capsys):
 
 def test_sync_bn_does_not_stop_it():
     pytest.importorskip('mmseg')
-    cfg = launch.load_config('mmseg::fcn/fcn_r18-d8_4xb2-80k_cityscapes-769x769.py')
+    cfg = cli.load_config('mmseg::fcn/fcn_r18-d8_4xb2-80k_cityscapes-769x769.py')
     cfg = Config(dict(cfg, launcher='none'))
     cfg.model.decode_head.norm_cfg = dict(type='MMSyncBN', requires_grad=True)
     counted = tool.count(tool.build(cfg))

@@ -69,7 +69,7 @@ def test_number_of_processes_is_checked(run_command, gpus):
 
 
 @pytest.mark.skipif(shutil.which('shellcheck') is None, reason='shellcheck is not installed')
-@pytest.mark.parametrize('script', [*SCRIPTS, 'torchrun.sh'])
+@pytest.mark.parametrize('script', [*SCRIPTS, 'torchrun.sh', 'srun.sh'])
 def test_shellcheck(script):
     done = subprocess.run(['shellcheck', str(TOOLS / script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

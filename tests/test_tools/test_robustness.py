@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mmprotune.engine import launch
+from mmprotune.errors import LaunchError
 
 from ..classification import CLASSES, draw_folder
 from .conftest import REPO, load_tool
@@ -188,7 +188,7 @@ def test_longtail(trained, tmp_path):
 ])
 def test_wrong_arguments(trained, tmp_path, args, message):
     config, checkpoint = trained
-    with pytest.raises(launch.LaunchError, match=message):
+    with pytest.raises(LaunchError, match=message):
         tool.main([config, checkpoint, '--work-dir', str(tmp_path), '--scenario', *args])
     assert not list(tmp_path.glob('*.json'))
 
@@ -196,5 +196,5 @@ def test_wrong_arguments(trained, tmp_path, args, message):
 def test_config_without_shifts(trained, tmp_path):
     config = tmp_path / 'c.py'
     config.write_text(f'_base_ = {trained[0]!r}\nshifts = None\n')
-    with pytest.raises(launch.LaunchError, match='names no shifted sets'):
+    with pytest.raises(LaunchError, match='names no shifted sets'):
         tool.main([str(config), trained[1], '--work-dir', str(tmp_path), '--scenario', 'ood'])

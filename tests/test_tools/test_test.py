@@ -8,7 +8,8 @@ import pickle
 import pytest
 from mmengine.config import Config
 
-from mmprotune.engine import launch
+from mmprotune.engine import cli
+from mmprotune.errors import LaunchError
 
 from .conftest import load_tool
 
@@ -42,7 +43,7 @@ def test_slim_checkpoint_gives_the_numbers_of_training(project, trained, tmp_pat
     (['config', 'checkpoint', '--out', 'a.json'], "--out must end with .* got 'a.json'"),
 ])
 def test_wrong_arguments(argv, message):
-    with pytest.raises(launch.LaunchError, match=message):
+    with pytest.raises(LaunchError, match=message):
         tool.main(argv)
 
 
@@ -64,10 +65,10 @@ def test_drawing_hooks(host, hook, expected):
 
 def test_drawing_needs_a_hook():
     args = argparse.Namespace(show=True, show_dir=None, wait_time=2)
-    with pytest.raises(launch.LaunchError, match='default_hooks.visualization'):
+    with pytest.raises(LaunchError, match='default_hooks.visualization'):
         tool.draw_predictions(Config(dict(default_hooks=dict())), args)
     cfg = Config(dict(default_scope='mmdet', default_hooks=dict(visualization=dict(type='None'))))
-    with pytest.raises(launch.LaunchError, match="'None' is not registered"):
+    with pytest.raises(LaunchError, match="'None' is not registered"):
         tool.draw_predictions(cfg, args)
 
 
@@ -81,7 +82,7 @@ def test_tta(project, trained, tmp_path):
         test_evaluator = dict(metric='bbox')
         custom_hooks = []
         """)
-    cfg = launch.load_config(config)
+    cfg = cli.load_config(config)
     tool.use_tta(cfg)
     assert cfg.model.type == 'DetTTAModel'
     *_, augment = cfg.test_dataloader.dataset.pipeline
@@ -107,7 +108,7 @@ def test_tta_of_the_config_goes_first():
 
 def test_tta_of_an_unknown_library():
     cfg = Config(dict(default_scope='own', test_dataloader=dict(dataset=dict(pipeline=[]))))
-    with pytest.raises(launch.LaunchError, match="default_scope='own'"):
+    with pytest.raises(LaunchError, match="default_scope='own'"):
         tool.use_tta(cfg)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mmprotune import checkpoint
-from mmprotune.engine import launch
+from mmprotune.engine import cli
+from mmprotune.errors import LaunchError
 
 from .conftest import load_tool
 
@@ -16,7 +17,7 @@ train = load_tool('train.py')
 def run(capsys, *argv: str) -> tuple[int, str]:
     """Exit status and what stands on stderr."""
     capsys.readouterr()
-    status = launch.run_tool(lambda: train.main([str(arg) for arg in argv]))
+    status = cli.run_tool(lambda: train.main([str(arg) for arg in argv]))
     return status, capsys.readouterr().err
 
 
@@ -134,7 +135,7 @@ def test_data_errors_are_the_hosts(project, tmp_path):
 
 def test_traceback_on_demand(project, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('MMPROTUNE_DEBUG', '1')
-    with pytest.raises(launch.LaunchError, match='no file'):
+    with pytest.raises(LaunchError, match='no file'):
         run(capsys, project.prompted, '--work-dir', tmp_path, '--resume', 'none.pth')
 
 

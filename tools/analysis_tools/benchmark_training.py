@@ -31,11 +31,12 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import nn
 
-from mmprotune.config_nodes import type_name
-from mmprotune.engine import launch
-from mmprotune.engine.noise_batch import noise_item
+from mmprotune.config_nodes import type_name, without_pretrained
+from mmprotune.engine import cli
+from mmprotune.engine.processes import prepare_processes
 from mmprotune.lean.dry_run import tensors_in
 from mmprotune.lean.memory import KeptBytes
+from mmprotune.testing.noise_batch import noise_item
 
 VARIANTS = ('full', 'frozen', 'naive', 'lean')
 TITLES = dict(full='full fine-tuning', frozen='head only', naive='prompted, naive',
@@ -87,7 +88,7 @@ def variant_cfg(cfg: Config, variant: str) -> Config:
     Returns:
         Config: A copy.
     """
-    cfg = launch.without_pretrained(copy.deepcopy(cfg))
+    cfg = without_pretrained(copy.deepcopy(cfg))
     prompted = cfg.model.backbone
     if variant in ('full', 'lora'):
         cfg.model.backbone = prompted.backbone
@@ -334,12 +335,12 @@ def measure(config: str, args: argparse.Namespace) -> dict:
     Returns:
         dict: ``config`` and ``variants``: for each its figures.
     """
-    cfg = launch.load_config(config)
+    cfg = cli.load_config(config)
     if type_name(cfg.model.backbone) != 'PromptedBackbone':
-        cfg = launch.wrap_config(cfg)
+        cfg = cli.wrap_config(cfg)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
-    launch.prepare_processes(cfg)
+    prepare_processes(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if cfg.get('data_preprocessor') is not None:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -486,4 +487,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(launch.run_tool(main))
+    sys.exit(cli.run_tool(main))

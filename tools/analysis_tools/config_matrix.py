@@ -51,10 +51,11 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 from mmprotune import __version__, protune
-from mmprotune.engine import launch
-from mmprotune.engine.noise_batch import noise_batch
+from mmprotune.config_nodes import without_pretrained
+from mmprotune.engine.processes import prepare_processes
 from mmprotune.freezing import FrozenSnapshot, audit
 from mmprotune.models import PromptedBackbone
+from mmprotune.testing.noise_batch import noise_batch
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 # What a run reads of a config; the rest (schedules, evaluation) does not matter here.
@@ -238,7 +239,7 @@ def runnable(cfg: Config) -> Config:
     Returns:
         Config: The copy.
     """
-    cfg = launch.without_pretrained(cfg)
+    cfg = without_pretrained(cfg)
     if cfg.get('data_preprocessor'):  # as the Runner does it
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     for path, node in _nodes(cfg.model):
@@ -259,7 +260,7 @@ def runnable(cfg: Config) -> Config:
         wrapper['type'] = 'OptimWrapper'
     wrapper['accumulative_counts'] = 1
     cfg.optim_wrapper = wrapper
-    launch.prepare_processes(cfg)
+    prepare_processes(cfg)
     return cfg
 
 
@@ -403,7 +404,7 @@ def check_prompted(run: Run, folder: Path, stock: dict) -> dict:
     point(cfg, run.cfg, folder)
     named = 'prompt' in json.dumps((cfg.optim_wrapper.get('paramwise_cfg') or {}), default=str)
     protune(cfg)
-    launch.prepare_processes(cfg)
+    prepare_processes(cfg)
     # The order of the Runner: model, optimizer, init_weights, load_from.
     model = _build(cfg)
     wrapper = build_optim_wrapper(model, copy.deepcopy(cfg.optim_wrapper))

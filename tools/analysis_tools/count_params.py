@@ -6,11 +6,13 @@ import json
 import sys
 from collections.abc import Sequence
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from mmprotune.engine import launch
+from mmprotune.config_nodes import without_pretrained
+from mmprotune.engine import cli
+from mmprotune.engine.processes import prepare_processes
 from mmprotune.models import PromptedBackbone
 
 COLUMNS = ('trainable', 'frozen', 'buffers')
@@ -19,7 +21,7 @@ GROUPS = ('backbone', 'prompts', 'neck', 'head', 'other')
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file, or the name of an installed one (mmdet::…)')
+    cli.add_config_arguments(parser)
     parser.add_argument(
         '--protune', action='store_true', help='count the prompted form of a stock config')
     parser.add_argument(
@@ -27,8 +29,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='load the pre-trained file first, and freeze exactly what it fills')
     parser.add_argument('--json', action='store_true', help='end with one line of JSON')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='override keys of the config')
     return parser.parse_args(argv)
 
 
@@ -39,12 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Arguments; None means the command line's.
     """
     args = parse_args(argv)
-    cfg = launch.load_config(args.config)
-    if args.protune:
-        cfg = launch.wrap_config(cfg)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    model = build(cfg, weights=args.weights)
+    model = build(cli.read_config(args), weights=args.weights)
     report = dict(config=args.config, weights_loaded=args.weights, **count(model))
 
     print(table(report))
@@ -68,9 +63,9 @@ def build(cfg: Config, weights: bool = False) -> nn.Module:
         nn.Module: The model.
     """
     if not weights:
-        cfg = launch.without_pretrained(cfg)
+        cfg = without_pretrained(cfg)
     cfg.launcher = 'none'
-    launch.prepare_processes(cfg)
+    prepare_processes(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if cfg.get('data_preprocessor') is not None:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
@@ -136,4 +131,4 @@ def table(report: dict) -> str:
 
 
 if __name__ == '__main__':
-    sys.exit(launch.run_tool(main))
+    sys.exit(cli.run_tool(main))

@@ -1,9 +1,8 @@
-from .freeze_guard_hook import FreezeGuardHook, RanksDisagree
-from .non_finite_guard_hook import NonFiniteError, NonFiniteGuardHook
+from .freeze_guard_hook import FreezeGuardHook
+from .non_finite_guard_hook import NonFiniteGuardHook
 from .prompt_checkpoint_hook import PromptCheckpointHook
 from .prompt_stats_hook import PromptStatsHook
 
 __all__ = [
-    'FreezeGuardHook', 'NonFiniteError', 'NonFiniteGuardHook', 'PromptCheckpointHook',
-    'PromptStatsHook', 'RanksDisagree'
+    'FreezeGuardHook', 'NonFiniteGuardHook', 'PromptCheckpointHook', 'PromptStatsHook'
 ]

@@ -10,7 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseAveragedModel
 from torch import nn
 
-from mmprotune.checkpoint import prompted_parts
+from mmprotune.checkpoints.slim import prompted_parts
 
 
 def averaged_copies(hooks: list[Hook]) -> list[tuple[str, BaseAveragedModel]]:

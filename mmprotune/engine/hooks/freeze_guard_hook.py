@@ -7,19 +7,16 @@ import torch
 from mmengine import __version__ as mmengine_version
 from mmengine.dist import all_gather_object, get_world_size
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from torch import nn
 
-from mmprotune.checkpoint import prompted_parts
-from mmprotune.freezing import FrozenSnapshot, FrozenTensorsChanged, audit
+from mmprotune.checkpoints.slim import prompted_parts
+from mmprotune.engine.processes import unwrapped
+from mmprotune.errors import FrozenTensorsChanged, RanksDisagree, listed
+from mmprotune.freezing import FrozenSnapshot, audit
 from mmprotune.registry import HOOKS
 from mmprotune.version import __version__
 
 from .averaging import average_only_what_trains, averaged_copies, share_frozen
-
-
-class RanksDisagree(RuntimeError):
-    """The processes of one run have other frozen backbones, or other versions."""
 
 
 @HOOKS.register_module()
@@ -59,10 +56,10 @@ class FreezeGuardHook(Hook):
 
     def before_run(self, runner) -> None:
         # Before anything is averaged; the hook that makes a copy has made it by now.
-        average_only_what_trains(_unwrapped(runner), runner.hooks)
+        average_only_what_trains(unwrapped(runner.model), runner.hooks)
 
     def before_train(self, runner) -> None:
-        model = _unwrapped(runner)
+        model = unwrapped(runner.model)
         share_frozen(model, runner.hooks, first=runner.iter == 0)
         # What init_weights or a hook has made of the weights so far: a snapshot would not tell.
         audit(model)
@@ -74,20 +71,15 @@ class FreezeGuardHook(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         self._done += 1
         if self._done == self.check_after:
-            audit(_unwrapped(runner), self._snapshot, training=True)
+            audit(unwrapped(runner.model), self._snapshot, training=True)
 
     def after_train(self, runner) -> None:
-        model = _unwrapped(runner)
+        model = unwrapped(runner.model)
         audit(model, self._snapshot)
         for name, average in averaged_copies(runner.hooks):
             moved = self._snapshot.moved(average.module)
             if moved:
-                raise FrozenTensorsChanged(f'frozen tensors moved in {name}: {moved[0]} and '
-                                           f'{len(moved) - 1} more')
-
-
-def _unwrapped(runner):
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+                raise FrozenTensorsChanged(f'frozen tensors moved in {name}: {listed(moved)}')
 
 
 def _stand(model: nn.Module, snapshot: FrozenSnapshot) -> dict[str, str]:

@@ -5,18 +5,15 @@ from collections.abc import Sequence
 import torch
 from mmengine.dist import all_gather_object, all_reduce, get_world_size
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from mmprotune.checkpoint import prompted_parts
+from mmprotune.checkpoints.slim import prompted_parts
+from mmprotune.engine.processes import unwrapped
+from mmprotune.errors import NonFiniteError
 from mmprotune.registry import HOOKS
 
 COUNT = 'mmprotune_nonfinite_steps'
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient is NaN or infinite."""
 
 
 @HOOKS.register_module()
@@ -64,7 +61,7 @@ class NonFiniteGuardHook(Hook):
 
     def before_train(self, runner) -> None:
         self._runner = runner
-        self._model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self._model = unwrapped(runner.model)
         self._names = {id(p): name for name, p in self._model.named_parameters()}
         if COUNT in runner.message_hub.runtime_info:  # of a resumed run
             self.skipped = runner.message_hub.get_info(COUNT)

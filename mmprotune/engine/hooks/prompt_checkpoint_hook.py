@@ -1,29 +1,26 @@
 from __future__ import annotations
 
 import os
-import random
 
-import numpy as np
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
 from torch import Tensor
 
-from mmprotune import safe_io
-from mmprotune.checkpoint import (
+from mmprotune.checkpoints.loading import problems
+from mmprotune.checkpoints.meta import describe_model, origin_hint
+from mmprotune.checkpoints.plain import from_plain, to_plain
+from mmprotune.checkpoints.resuming import check_resumable, newest, random_state, set_random_state
+from mmprotune.checkpoints.slim import prompted_parts, training_names
+from mmprotune.checkpoints.writing import BACKEND, remove_stale
+from mmprotune.config_nodes import node_of, prompted_nodes, pull_in_files, training_patterns
+from mmprotune.engine.processes import unwrapped
+from mmprotune.errors import (
     CheckpointError,
     FingerprintMismatch,
     IncompleteCheckpoint,
     UnreadableCheckpoint,
-    describe_model,
-    newest,
-    origin_hint,
-    problems,
-    prompted_parts,
-    training_names,
 )
-from mmprotune.config_nodes import node_of, prompted_nodes, pull_in_files, training_patterns
 from mmprotune.registry import HOOKS, MODELS
 
 
@@ -76,7 +73,7 @@ class PromptCheckpointHook(Hook):
         for hook in runner.hooks:
             if isinstance(hook, CheckpointHook) and hook.backend_args is None and \
                     hook.file_client_args is None and '://' not in str(hook.out_dir or ''):
-                hook.backend_args = dict(backend=safe_io.BACKEND)
+                hook.backend_args = dict(backend=BACKEND)
 
     def before_train(self, runner) -> None:
         self._keep_origin(runner)
@@ -89,23 +86,23 @@ class PromptCheckpointHook(Hook):
                 folders.add(os.path.join(str(hook.out_dir or runner.work_dir),
                                          os.path.basename(runner.work_dir.rstrip(os.sep))))
         for folder in sorted(folders):
-            for path in safe_io.remove_stale(folder):
+            for path in remove_stale(folder):
                 runner.logger.warning(f'removed {path}: its writer was killed')
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        model = _unwrapped(runner)
+        model = unwrapped(runner.model)
         checkpoint['meta']['mmprotune'] = describe_model(model)
         if self.save_random_state:
-            checkpoint['random_state'] = self._before_val or _random_state()
+            checkpoint['random_state'] = self._before_val or random_state()
         for key, value in checkpoint.items():
             if not key.endswith('state_dict'):  # tensors only, with PyTorch's own metadata
-                checkpoint[key] = safe_io.to_plain(value, key)
+                checkpoint[key] = to_plain(value, key)
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         try:
             self._check(runner, checkpoint)
         except CheckpointError as error:
-            hint = origin_hint(_unwrapped(runner), checkpoint)
+            hint = origin_hint(unwrapped(runner.model), checkpoint)
             raise type(error)(f'{runner._load_from}: {error}{hint}') from error.__cause__
 
     def _check(self, runner, checkpoint: dict) -> None:
@@ -114,11 +111,11 @@ class PromptCheckpointHook(Hook):
                 f'expected a dict with a state dict, got {type(checkpoint).__name__}')
         for key, value in checkpoint.items():
             if not str(key).endswith('state_dict') and not isinstance(value, Tensor):
-                checkpoint[key] = safe_io.from_plain(value, str(key))
+                checkpoint[key] = from_plain(value, str(key))
         resumes = getattr(runner, '_resume', False)
         if resumes:
-            _check_resumable(checkpoint)
-        model = _unwrapped(runner)
+            check_resumable(checkpoint)
+        model = unwrapped(runner.model)
         state_dict = checkpoint.get('state_dict', checkpoint)
         # Another frozen backbone is refused here, where the file is known, strict or not.
         problem = problems(model, state_dict) if isinstance(state_dict, dict) else \
@@ -139,7 +136,7 @@ class PromptCheckpointHook(Hook):
         by itself. Whether it does is tried out here, before any training is spent.
         """
         before, self._before_load = self._before_load, {}
-        parts = dict(prompted_parts(_unwrapped(runner)))
+        parts = dict(prompted_parts(unwrapped(runner.model)))
         changed = [path for path, sha in before.items()
                    if path in parts and not torch.equal(sha, parts[path].frozen_fingerprint.cpu())]
         if not changed:
@@ -167,7 +164,7 @@ class PromptCheckpointHook(Hook):
     def before_train_epoch(self, runner) -> None:
         if self._resumed is not None:
             try:
-                _set_random_state(self._resumed)
+                set_random_state(self._resumed)
             except Exception as error:
                 raise UnreadableCheckpoint(f'{runner._load_from}: random_state is malformed: '
                                            f'{type(error).__name__}: {error}') from error
@@ -183,16 +180,12 @@ class PromptCheckpointHook(Hook):
     # resumed from the checkpoint saved before it sees the same ones.
     def before_val(self, runner) -> None:
         if self.save_random_state:
-            self._before_val = _random_state()
+            self._before_val = random_state()
 
     def after_val(self, runner) -> None:
         if self._before_val is not None:
-            _set_random_state(self._before_val)
+            set_random_state(self._before_val)
             self._before_val = None
-
-
-def _unwrapped(runner):
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _save_config_again(runner) -> None:
@@ -206,49 +199,13 @@ def _try_out(node: dict, part, path: str, source: str) -> None:
     cfg = dict(node, prompt=None)
     if cfg.get('backbone_dtype') is None:
         cfg['lean'] = False
-    state = _random_state()
+    state = random_state()
     try:
         found = MODELS.build(cfg).frozen_fingerprint
     finally:
-        _set_random_state(state)
+        set_random_state(state)
     if not torch.equal(found.cpu(), part.frozen_fingerprint.cpu()):
         raise FingerprintMismatch(
             f'load_from={source} filled the frozen backbone, but model.{path}.frozen_from={source} '
             'fills it otherwise, and the slim checkpoints of this run could not be used. Save its '
             f'tensors in a file of their own, and name that in model.{path}.backbone.init_cfg')
-
-
-def _random_state() -> dict:
-    """States of Python's, NumPy's and PyTorch's generators, as tensors and plain types."""
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    state = dict(
-        python=(version, tuple(internal), gauss),
-        numpy=(kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
-        torch=torch.get_rng_state())
-    if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _check_resumable(checkpoint: dict) -> None:
-    """Raises where MMEngine would fail halfway, or go on with a new optimizer and say nothing."""
-    meta = checkpoint.get('meta')
-    if not isinstance(meta, dict) or not all(
-            isinstance(meta.get(key), int) for key in ('epoch', 'iter')):
-        raise IncompleteCheckpoint('it does not say how far training had come')
-    missing = [key for key in ('optimizer', 'message_hub', 'state_dict')
-               if not isinstance(checkpoint.get(key), dict)]
-    if missing:
-        raise IncompleteCheckpoint(f'it holds no {" and no ".join(missing)}, so training cannot be '
-                                   'resumed from it; load_from without resume takes its weights')
-
-
-def _set_random_state(state: dict) -> None:
-    version, internal, gauss = state['python']
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state['numpy']
-    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state['torch'].cpu())
-    if 'cuda' in state and len(state['cuda']) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])

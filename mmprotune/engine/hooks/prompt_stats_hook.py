@@ -4,12 +4,12 @@ import contextlib
 from collections.abc import Sequence
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmprotune.checkpoint import prompted_parts
+from mmprotune.checkpoints.slim import prompt_parameters, prompted_parts
 from mmprotune.config_nodes import dicts_in
+from mmprotune.engine.processes import unwrapped
 from mmprotune.registry import HOOKS
 
 
@@ -48,7 +48,7 @@ class PromptStatsHook(Hook):
         self._handles: list = []
 
     def before_train(self, runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrapped(runner.model)
         found = prompted_parts(model)
         self._parts = [('' if len(found) == 1 else f'{path}/', part) for path, part in found]
         wrapper = runner.optim_wrapper
@@ -60,7 +60,7 @@ class PromptStatsHook(Hook):
             runner.logger.warning(
                 'prompts train at another learning rate than the rest of the model. If a '
                 'multiplier for the backbone in optim_wrapper.paramwise_cfg.custom_keys does it, '
-                "add the key 'backbone.prompts' (mmprotune.engine.prompt_rates.set_prompt_rates "
+                "add the key 'backbone.prompts' (mmprotune.engine.config.set_prompt_rates "
                 'does) with the lr_mult that is meant')
         # Gradients are gone after the step, and not yet averaged or unscaled before it.
         self._handles = [o.register_step_pre_hook(self._note_gradients) for o in optimizers]
@@ -119,9 +119,9 @@ class Rates:
         rates = {id(p): (float(group.get('initial_lr', group['lr'])), group.get('weight_decay', 0))
                  for optimizer in optimizers for group in optimizer.param_groups
                  for p in group['params']}
-        parts = [part for _, part in prompted_parts(model)]
-        prompts = {id(p) for part in parts for p in part.prompts.parameters()}
-        inside = {id(p) for part in parts for p in part.parameters()}
+        inside = prompt_parameters(model)
+        titles = dict(prompts='prompts', backbone='rest of the backbone')
+        kinds = {id(p): titles[group] for group, params in inside.items() for p in params.values()}
         self.trained: dict[str, dict] = {
             'prompts': {}, 'rest of the backbone': {}, 'rest of the model': {}}
         self.frozen = 0
@@ -129,8 +129,7 @@ class Rates:
             if not param.requires_grad:
                 self.frozen += param.numel()
                 continue
-            kind = ('prompts' if id(param) in prompts else 'rest of the backbone'
-                    if id(param) in inside else 'rest of the model')
+            kind = kinds.get(id(param), 'rest of the model')
             rate = rates.get(id(param), (None, None))
             self.trained[kind][rate] = self.trained[kind].get(rate, 0) + param.numel()
 

@@ -8,8 +8,8 @@ import torch
 from mmengine.hooks import EMAHook
 from mmengine.model import BaseAveragedModel
 
-from mmprotune import FrozenTensorsChanged
 from mmprotune.checkpoint import read
+from mmprotune.errors import FrozenTensorsChanged
 from tests.conftest import RESNET18
 from tests.detection import detector_cfg, draw_coco, run
 

@@ -3,8 +3,9 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS as ROOT_HOOKS
 
-from mmprotune import FrozenTensorsChanged, checkpoint
+from mmprotune import checkpoint
 from mmprotune.engine.hooks import FreezeGuardHook, PromptStatsHook
+from mmprotune.errors import FrozenTensorsChanged
 from tests.conftest import RESNET18, build
 from tests.detection import detector_cfg, draw_coco, run
 

@@ -5,7 +5,7 @@ import torch
 from mmdet.models import FasterRCNN, SoftTeacher
 from mmengine.config import Config
 
-from mmprotune.engine.noise_batch import noise_batch, noise_item
+from mmprotune.testing.noise_batch import noise_batch, noise_item
 
 
 def item(scope='mmdet', pipeline=(), **model):

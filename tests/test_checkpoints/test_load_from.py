@@ -9,10 +9,11 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmprotune import checkpoint
-from mmprotune.checkpoint import CheckpointError, FingerprintMismatch
+from mmprotune.checkpoints.convert import build_model
 from mmprotune.config_nodes import prompted_nodes
-from mmprotune.engine import launch
+from mmprotune.engine import cli
 from mmprotune.engine.hooks import PromptCheckpointHook
+from mmprotune.errors import CheckpointError, FingerprintMismatch
 from tests.conftest import RESNET18, build
 from tests.detection import detector_cfg, draw_coco, run
 from tests.test_tools.conftest import load_tool
@@ -80,7 +81,7 @@ def test_the_saved_config_says_what_the_backbone_came_from(trained, detector):
     assert checkpoint.inspect(slim)['backbones']['backbone']['frozen_from'] == detector
     weights = torch.load(detector)['state_dict']
     assert f'frozen_from: {detector}' in prompt_checkpoint._text(checkpoint.inspect(slim))
-    model = checkpoint._build(saved)
+    model = build_model(saved)
     checkpoint.load(model, slim)
     assert torch.equal(model.backbone.backbone.conv1.weight, weights['backbone.conv1.weight'])
 
@@ -112,7 +113,7 @@ def test_the_runner_tests_and_resumes_with_the_saved_config(trained, tmp_path):
     run(cfg, train=False)
     cfg = Config.fromfile(saved)
     cfg.merge_from_dict({'work_dir': str(tmp_path / 'resumed'), 'train_cfg.max_epochs': 2})
-    launch.set_resume(cfg, slim)
+    cli.set_resume(cfg, slim)
     assert run(cfg).epoch == 2
     assert checkpoint.verify(tmp_path / 'resumed/epoch_2.pth', saved)['epoch'] == 2
 
@@ -122,7 +123,7 @@ def test_the_same_command_resumes(trained, tmp_path):
     cfg, saved, slim = trained
     cfg = _copy(cfg)
     cfg.train_cfg.max_epochs = 2
-    launch.set_resume(cfg, 'auto')
+    cli.set_resume(cfg, 'auto')
     assert (cfg.load_from, cfg.model.backbone.frozen_from) == (
         slim, Config.fromfile(saved).model.backbone.frozen_from)
     cfg.work_dir = str(tmp_path)
@@ -167,7 +168,7 @@ def test_a_file_that_does_not_say_is_still_refused(trained, tmp_path, meta):
         del content['meta']
     torch.save(content, tmp_path / 'slim.pth')
     with pytest.raises(FingerprintMismatch, match='check backbone.init_cfg and frozen_from$'):
-        checkpoint.load(checkpoint._build(cfg), tmp_path / 'slim.pth')
+        checkpoint.load(build_model(cfg), tmp_path / 'slim.pth')
 
 
 def test_what_the_pretrained_file_did_not_fill_still_trains(data, detector, resnet18_file,
@@ -181,7 +182,7 @@ def test_what_the_pretrained_file_did_not_fill_still_trains(data, detector, resn
     slim, saved = str(tmp_path / 'run/epoch_1.pth'), _saved(tmp_path / 'run')
     assert 'backbone.backbone.bn1.weight' in torch.load(slim, weights_only=True)['state_dict']
     assert checkpoint.verify(slim, saved)['kind'] == 'slim'
-    launch.set_resume(cfg, slim)
+    cli.set_resume(cfg, slim)
     cfg.train_cfg.max_epochs = 2
     assert run(cfg).epoch == 2
     with pytest.raises(CheckpointError, match=r"trainable=\['bn1\\\\\.weight'"):

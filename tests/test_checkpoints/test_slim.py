@@ -4,18 +4,17 @@ import os
 import pickle
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint
 
-from mmprotune import checkpoint
-from mmprotune.checkpoint import (
+from mmprotune import checkpoint, prompt_parameters
+from mmprotune.checkpoints.convert import build_model
+from mmprotune.errors import (
     CheckpointError,
     FingerprintMismatch,
     IncompleteCheckpoint,
@@ -24,7 +23,9 @@ from mmprotune.checkpoint import (
 from tests.conftest import RESNET18, build, wake
 from tests.detection import detector_cfg, draw_coco, run
 
-REPO = Path(__file__).resolve().parents[1]
+from .models import prompted_config
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope='module')
@@ -51,7 +52,7 @@ def _copy(cfg):
 
 
 def _model(cfg):
-    model = checkpoint._build(cfg)
+    model = build_model(cfg)
     wake(model, seed=5)  # so that loading has something to change
     return model
 
@@ -302,11 +303,11 @@ def test_another_backbone_is_refused_by_every_loader(trained, other_resnet18_fil
     cfg = _copy(cfg)
     cfg.model.backbone.backbone.init_cfg.checkpoint = other_resnet18_file
     for attempt in (
-            lambda: checkpoint.load(checkpoint._build(cfg), path),
+            lambda: checkpoint.load(build_model(cfg), path),
             lambda: checkpoint.verify(path, cfg),
-            lambda: load_checkpoint(checkpoint._build(cfg), path),  # MMEngine's, not strict
+            lambda: load_checkpoint(build_model(cfg), path),  # MMEngine's, not strict
             lambda: init_detector(_copy(cfg), path, device='cpu'),
-            lambda: checkpoint._build(cfg).load_state_dict(
+            lambda: build_model(cfg).load_state_dict(
                 torch.load(path, weights_only=True)['state_dict'], strict=False)):
         with pytest.raises(FingerprintMismatch, match='check backbone.init_cfg'):
             attempt()
@@ -401,45 +402,17 @@ def test_the_tool(trained, tmp_path):
     assert done.returncode == 1 and 'none.pth can not be found' in done.stderr
 
 
-# --- plain types -----------------------------------------------------------------------------
-
-
-def test_plain_types_round_trip(tmp_path):
-    from mmengine.logging import HistoryBuffer
-
-    from mmprotune.safe_io import from_plain, to_plain, write
-    history = HistoryBuffer([1., 2.], [1, 1])
-    content = dict(
-        history=history, array=np.arange(3), scalar=np.float32(2), flag=np.bool_(True),
-        names=('a', 'b'), steps=Counter([8, 11]), nested=[dict(x=None)], path=Path('p'))
-    path = tmp_path / 'plain.pth'
-    write(to_plain(content), path)
-    back = from_plain(torch.load(path, weights_only=True))
-    assert isinstance(back['history'], HistoryBuffer)
-    assert np.array_equal(back['history'].data[0], [1., 2.])
-    assert np.array_equal(back['array'], np.arange(3))
-    assert (back['scalar'], back['flag'], back['names'], back['nested'], back['path']) == \
-        (2.0, True, ('a', 'b'), [dict(x=None)], 'p')
-    assert back['steps'] == Counter([8, 11]) and type(back['steps']) is Counter
-    assert type(back['scalar']) is float and type(back['flag']) is bool
-
-
-def test_what_is_not_plain_is_left_out_and_named():
-    from mmprotune.safe_io import to_plain
-    with pytest.warns(UserWarning, match=r"meta\['thing'\] is left out.*object is neither"):
-        assert to_plain(dict(a=1, thing=object()), 'meta') == dict(a=1)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    from mmprotune import safe_io
-    path = tmp_path / 'a.pth'
-    path.write_bytes(b'old')
-
-    def full(descriptor):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(OSError, match='No space left'):
-        safe_io.write_bytes(b'new', path)
-    assert path.read_bytes() == b'old'
-    assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
+def test_what_trains_inside_is_told_by_group(file):
+    model = build_model(prompted_config(file, trainable=[r'layer4\.1\.conv2\..*']))
+    groups = prompt_parameters(model)
+    assert {*groups['backbone']} == {
+        'backbone.backbone.bn1.weight', 'backbone.backbone.bn1.bias',
+        'backbone.backbone.layer4.1.conv2.weight'}
+    assert {*groups['prompts']} == {
+        name for name, _ in model.named_parameters() if name.startswith('backbone.prompts.')}
+    named = dict(model.named_parameters())
+    assert all(param is named[name] for group in groups.values() for name, param in group.items())
+    # A backbone alone, and a model that has none.
+    alone = prompt_parameters(model.backbone)
+    assert 'backbone.bn1.weight' in alone['backbone'] and alone['prompts']
+    assert prompt_parameters(model.head) == dict(prompts={}, backbone={})

@@ -3,23 +3,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import Compose
-from mmengine.runner import Runner
 from PIL import Image
 
-from mmprotune.config_nodes import type_name
+from mmprotune.errors import DataError, listed
 from mmprotune.registry import TRANSFORMS
 
 # Formats that OpenCV decodes when their end is missing, and what stands there.
 _ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND'}
 _TAIL = 4096  # bytes; some cameras append a little after the end
-
-
-class DataError(ValueError):
-    """An image or annotation file is broken; the message names it."""
 
 
 @TRANSFORMS.register_module()
@@ -88,48 +83,17 @@ def check_image_file(path: str) -> None:
         raise DataError(f'{path} ({size} bytes) is cut off or damaged: {error}') from error
 
 
-def check_data(runner: Runner) -> None:
-    """Puts every data loader's transforms into a :class:`CheckedPipeline`.
-
-    Not into the config that the Runner has written to its folder: inferencers look up the loading
-    transform in that.
-
-    Args:
-        runner (Runner): A new one, whose data loaders have not been built.
-    """
-    for loader in (runner._train_dataloader, runner._val_dataloader, runner._test_dataloader):
-        if isinstance(loader, dict):
-            for dataset in _leaves(loader.get('dataset')):
-                pipeline = dataset.get('pipeline')
-                if pipeline and not (isinstance(pipeline[0], dict) and
-                                     type_name(pipeline[0]) == 'CheckedPipeline'):
-                    dataset['pipeline'] = [
-                        dict(type='mmprotune.CheckedPipeline', transforms=pipeline)]
-
-
-def _leaves(dataset: object) -> Iterator[dict]:
-    """The datasets inside wrappers; a wrapper's own transforms mix several images."""
-    if isinstance(dataset, dict):
-        inner = [dataset[key] for key in ('dataset', 'datasets') if key in dataset]
-        if not inner:
-            yield dataset
-        for one in inner:
-            yield from _leaves(one)
-    elif isinstance(dataset, (list, tuple)):
-        for one in dataset:
-            yield from _leaves(one)
-
-
 def _nothing_left(path: str, dataset: object) -> str:
     """Why a data set whose annotations were read has no image."""
     wanted = (getattr(dataset, 'metainfo', None) or {}).get('classes') or ()
     has = _categories(path)
     if has is not None and not {*has} & {*wanted}:
-        return (f'{path} has objects of the classes {_shown(has)}, none of which the config names: '
-                f'metainfo=dict(classes=…) of the data set is {_shown(wanted)}')
+        return (f'{path} has objects of the classes {listed(has, 8, repr)}, none of which the '
+                f'config names: metainfo=dict(classes=…) of the data set is '
+                f'{listed(wanted, 8, repr)}')
     return (f'{path} was read, but leaves no image for {type(dataset).__name__}: none has an '
-            f'object of the classes that the config names ({_shown(wanted)}), or filter_cfg '
-            f'({getattr(dataset, "filter_cfg", None)}) drops them all')
+            f'object of the classes that the config names ({listed(wanted, 8, repr)}), or '
+            f'filter_cfg ({getattr(dataset, "filter_cfg", None)}) drops them all')
 
 
 def _categories(path: str) -> list[str] | None:
@@ -139,11 +103,6 @@ def _categories(path: str) -> list[str] | None:
             return [str(category['name']) for category in json.load(file)['categories']]
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _shown(names: Sequence[str], most: int = 8) -> str:
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return (', '.join(map(repr, names[:most])) or 'none') + more
 
 
 def dataset_error(error: Exception) -> DataError | None:

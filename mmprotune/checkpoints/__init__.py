@@ -1,0 +1,20 @@
+"""What a prompted model loads and saves."""
+from mmengine.fileio import register_backend
+from mmengine.runner import CheckpointLoader
+
+from .reading import read
+from .writing import BACKEND, AtomicLocalBackend
+
+__all__ = ['register']
+
+
+def register() -> None:
+    """Makes MMEngine read local checkpoints with :func:`read`, and adds the atomic backend.
+
+    MMEngine 0.10 hands its own checkpoints to ``torch.load`` with defaults that newer PyTorch
+    refuses; with this, ``load_from``, ``resume`` and the inferencers read them, and safely.
+    """
+    CheckpointLoader.register_scheme(
+        prefixes='', loader=lambda filename, map_location=None: read(filename, map_location),
+        force=True)
+    register_backend(BACKEND, AtomicLocalBackend, force=True)

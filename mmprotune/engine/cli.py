@@ -1,0 +1,283 @@
+"""What the command-line tools share: arguments, flags, reading a config, printing errors."""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import os.path as osp
+import sys
+import warnings
+from collections.abc import Callable
+from urllib.error import URLError
+
+import torch
+import torch.distributed as torch_dist
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.dist import is_distributed
+from mmengine.hub import get_config
+from mmengine.logging import MMLogger
+
+from mmprotune.checkpoints.resuming import newest
+from mmprotune.config_nodes import node_of, prompted_nodes, training_patterns, type_name
+from mmprotune.engine.config import protune
+from mmprotune.errors import LaunchError, MMProtuneError
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the config and what changes it, for :func:`read_config`."""
+    parser.add_argument(
+        'config', help='config file, or the name of an installed one: mmdet::retinanet/…_coco.py')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override keys of the config: key=value, key=a,b or key="[a,b]"; nested lists and '
+        'tuples too, e.g. key="[(a,b),(c,d)]" (quoted, without blanks)')
+
+
+def add_arguments(parser: argparse.ArgumentParser, checkpoint: bool = False) -> None:
+    """Adds the arguments that training and testing have in common, for :func:`set_up`.
+
+    Args:
+        parser (argparse.ArgumentParser): The tool's.
+        checkpoint (bool): Whether a checkpoint is named behind the config. Defaults to False.
+    """
+    add_config_arguments(parser)
+    if checkpoint:
+        parser.add_argument('checkpoint', help='checkpoint file, slim or full')
+    parser.add_argument('--work-dir', help='directory of logs and checkpoints')
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes were started')
+    # Older launchers of PyTorch hand the rank over as an argument instead of LOCAL_RANK.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def run_tool(main: Callable[[], None]) -> int:
+    """Runs a tool's main function; errors that name their cause are printed in one message.
+
+    With the environment variable ``MMPROTUNE_DEBUG=1`` they keep their traceback. All other errors
+    (a registry's, a dataset's) are the host's, and pass.
+
+    Args:
+        main (Callable): The function.
+
+    Returns:
+        int: Exit status, 0 or 1.
+    """
+    try:
+        main()
+    except Exception as error:
+        told = error
+        if not isinstance(error, (URLError, MMProtuneError)):
+            from mmprotune.datasets.checked import dataset_error  # with mmseg, which takes seconds
+            told = dataset_error(error)
+        if told is None or os.environ.get('MMPROTUNE_DEBUG') == '1':
+            raise
+        if isinstance(told, URLError):
+            told = (f'a file that the config names by its address could not be downloaded: {told}'
+                    f'; a copy in {osp.join(torch.hub.get_dir(), "checkpoints")} is used as well')
+        if 'DataLoader worker process' in str(told):  # a whole traceback, the error at its end
+            told = str(told).strip().splitlines()[-1].partition(': ')[2]
+        # One write: lines of several processes must not mix.
+        sys.stderr.write(f'{osp.basename(sys.argv[0])}: error: {told}\n')
+        return 1
+    if is_distributed():
+        torch_dist.destroy_process_group()
+    return 0
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The config that a command line asks for: read, wrapped by ``--protune``, and overridden.
+
+    Args:
+        args (argparse.Namespace): Of :func:`add_config_arguments` or :func:`add_arguments`, and
+            ``protune`` where the tool has it.
+
+    Returns:
+        Config: The config.
+
+    Raises:
+        LaunchError: There is none, or it cannot be wrapped.
+    """
+    cfg = load_config(args.config)
+    if getattr(args, 'protune', False):
+        wrap_config(cfg, args.cfg_options)
+    if 'launcher' in args:
+        cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    return cfg
+
+
+def set_up(args: argparse.Namespace) -> Config:
+    """What training and testing begin with: rank, config, work directory, checkpoint to test.
+
+    Args:
+        args (argparse.Namespace): Of :func:`add_arguments`.
+
+    Returns:
+        Config: As :func:`read_config`, with ``work_dir``, and ``load_from`` where a checkpoint is
+        named.
+
+    Raises:
+        LaunchError: There is no such config or checkpoint.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if 'checkpoint' in args:
+        check_checkpoint_path('checkpoint', args.checkpoint)
+    cfg = read_config(args)
+    set_work_dir(cfg, args)
+    if 'checkpoint' in args:
+        cfg.load_from, cfg.resume = args.checkpoint, False
+    return cfg
+
+
+def load_config(name: str) -> Config:
+    """Reads a config file, or one that an installed OpenMMLab library ships.
+
+    Args:
+        name (str): A path, or ``package::path/in/configs.py``.
+
+    Returns:
+        Config: The config.
+
+    Raises:
+        LaunchError: There is no such file, package or config.
+    """
+    with warnings.catch_warnings():
+        # MMEngine looks `package::` up with pkg_resources, several times a config.
+        warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+        if '::' not in name:
+            if not osp.isfile(name):
+                raise LaunchError(f'config: no file {name!r}')
+            return Config.fromfile(name)
+
+        package, _, path = name.partition('::')
+        if '/' not in path:
+            raise LaunchError(f'config {name!r}: expected package::folder/file.py')
+        # get_config would go and install a package that is missing.
+        if importlib.util.find_spec(package) is None:
+            raise LaunchError(f'config {name!r}: the package {package!r} is not installed')
+        try:
+            return get_config(name if name.endswith('.py') else f'{name}.py')
+        except (AssertionError, FileNotFoundError) as error:
+            raise LaunchError(f'config {name!r} is not shipped by {package!r}: {error}') from error
+
+
+def wrap_config(cfg: Config, options: dict | None = None) -> Config:
+    """Acts on ``--protune``: :func:`mmprotune.protune`, with its errors named after the flag.
+
+    Args:
+        cfg (Config): The config; changed in place.
+        options (dict, optional): Those of ``--cfg-options``, which act on the wrapped config. A
+            ``load_from`` among them already says what the backbone is frozen at.
+
+    Returns:
+        Config: ``cfg``.
+    """
+    if options and 'load_from' in options:
+        cfg.load_from = options['load_from']
+    try:
+        return protune(cfg)
+    except (TypeError, ValueError) as error:
+        raise LaunchError(f'--protune: {error}') from error
+
+
+def set_work_dir(cfg: Config, args: argparse.Namespace) -> None:
+    """Sets ``cfg.work_dir``: the argument, else the config's, else one named after the config."""
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        stem = osp.splitext(osp.basename(args.config.rpartition('::')[2]))[0]
+        suffix = '_protune' if getattr(args, 'protune', False) else ''
+        cfg.work_dir = osp.join('work_dirs', stem + suffix)
+
+
+def check_checkpoint_path(option: str, path: str) -> None:
+    """Raises :class:`LaunchError` when a local checkpoint file does not exist."""
+    if '://' not in path and not osp.isfile(osp.expanduser(path)):
+        raise LaunchError(f'{option}: no file {path!r}')
+
+
+def set_resume(cfg: Config, resume: str | None) -> None:
+    """Acts on ``--resume``.
+
+    Args:
+        cfg (Config): The config; ``work_dir`` is set.
+        resume (str, optional): A checkpoint, or 'auto': the newest one in ``work_dir``. Where
+            ``work_dir`` has none, training starts anew and ``load_from`` keeps its meaning, so
+            that the first start of a job that will be resumed needs no other command line. Where
+            that start filled the frozen backbone from ``load_from``, so does the next.
+
+    Raises:
+        CheckpointError: The newest one cannot be resumed from.
+    """
+    if resume is None:
+        return
+    if resume == 'auto':
+        resume = newest(cfg.work_dir)
+        if resume is None:
+            notify(f'--resume: no checkpoint in {cfg.work_dir!r}, training starts anew')
+            return
+    check_checkpoint_path('--resume', resume)
+    if '://' not in resume:
+        _fill_as_trained(cfg, resume)
+    cfg.resume = True
+    cfg.load_from = resume
+
+
+def _fill_as_trained(cfg: Config, resume: str) -> None:
+    """Sets ``frozen_from`` as the run that wrote a checkpoint did when it started."""
+    from mmprotune.checkpoint import UnreadableCheckpoint, frozen_origins
+    try:
+        origins = frozen_origins(resume)
+    except UnreadableCheckpoint:  # the Runner refuses it when it loads it
+        return
+    nodes = prompted_nodes(cfg.get('model'))
+    for path, (source, names) in origins.items():
+        node = node_of(path, nodes)
+        if node is not None and node.get('frozen_from') is None:
+            node['frozen_from'] = source
+            patterns = training_patterns(node, names)
+            if patterns:
+                node['trainable'] = patterns
+            notify(f'--resume: the run was started with load_from={source!r}: '
+                   f'model.{path}.frozen_from is set to it')
+
+
+def use_amp(cfg: Config) -> None:
+    """Turns automatic mixed precision on in ``cfg.optim_wrapper``.
+
+    Raises:
+        LaunchError: There is no GPU, or the config has an optimizer wrapper of its own.
+    """
+    if get_device() in ('cpu', 'mps'):
+        raise LaunchError('--amp needs a GPU (or NPU, MLU, MUSA device), and none was found; '
+                          'leave --amp out to train in float32')
+    wrapper = type_name(cfg.optim_wrapper) or 'OptimWrapper'
+    if wrapper not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise LaunchError('--amp: optim_wrapper.type must be OptimWrapper or AmpOptimWrapper, '
+                          f'got {wrapper!r}')
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def use_auto_scale_lr(cfg: Config) -> None:
+    """Lets the Runner scale the learning rate with the batch size.
+
+    Raises:
+        LaunchError: The config does not say which batch size its learning rate is meant for.
+    """
+    if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
+        raise LaunchError('--auto-scale-lr: the config has no auto_scale_lr.base_batch_size, the '
+                          'batch size (all processes together) that its learning rate is for')
+    cfg.auto_scale_lr.enable = True
+
+
+def notify(message: str) -> None:
+    """Tells the user something before the Runner and its logger exist."""
+    MMLogger.get_current_instance().warning(message)

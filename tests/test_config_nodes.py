@@ -1,0 +1,60 @@
+"""Looking through configs."""
+from __future__ import annotations
+
+from mmengine.config import Config
+from mmengine.model import PretrainedInit
+
+from mmprotune.config_nodes import without_pretrained
+from mmprotune.models import PromptedBackbone
+
+
+def test_without_pretrained():
+    file = dict(type='Pretrained', checkpoint='torchvision://resnet50')
+    other = dict(type='Xavier', layer='Linear')
+    stock = Config(dict(
+        model=dict(
+            pretrained='open-mmlab://resnet50_v1c',
+            backbone=dict(
+                type='mmprotune.PromptedBackbone', backbone=dict(type='ResNet', init_cfg=file)),
+            heads=[dict(type='Head', init_cfg=[file, other]), dict(type='H', init_cfg=other)]),
+        load_from='x.pth'))
+    cfg = without_pretrained(stock)
+    assert 'Pretrained' not in cfg.pretty_text
+    assert 'resnet50_v1c' not in cfg.pretty_text
+    assert cfg.model.backbone['freeze'] == 'all'
+    assert cfg.model.heads == [dict(type='Head', init_cfg=[other]), dict(type='H', init_cfg=other)]
+    assert cfg.load_from == 'x.pth'
+    assert stock.model.backbone.backbone.init_cfg == file
+
+
+def test_without_pretrained_of_classes_and_whole_models():
+    file = dict(type=PretrainedInit, checkpoint='x.pth')
+    cfg = without_pretrained(Config(dict(model=dict(
+        init_cfg=dict(file),
+        backbone=dict(type=PromptedBackbone, frozen_from='y.pth',
+                      backbone=dict(type='ResNet', init_cfg=[file])),))))
+    assert 'x.pth' not in str(cfg) and 'y.pth' not in str(cfg)
+    assert cfg.model.backbone['freeze'] == 'all'
+
+
+def test_classes_come_from_wherever_a_data_set_has_them(tmp_path):
+    from mmengine.registry import init_default_scope
+
+    from mmprotune.config_nodes import class_names
+    init_default_scope('mmdet')
+    (tmp_path / 'classes.txt').write_text('a\nb\n')
+
+    def names(**dataset):
+        return list(class_names(Config(dict(test_dataloader=dict(dataset=dataset)))).values())
+
+    assert len(names(type='CocoDataset', ann_file='none.json')[0]) == 80
+    assert names(type='CocoDataset', ann_file='none.json', metainfo=dict(classes=('x', ))) == [
+        ['x']]
+    assert names(type='mmpretrain.CustomDataset', data_root='nowhere',
+                 classes=str(tmp_path / 'classes.txt')) == [['a', 'b']]
+    assert names(type='mmpretrain.CustomDataset', data_prefix='nowhere') == []
+    assert names(type='mmprotune.NumpyImages', images='i', labels='l', classes=['a']) == [['a']]
+    assert len(names(type='mmprotune.CamVidDataset')[0]) == 11
+    assert names(type='NoSuchDataset', metainfo=dict(classes=['a', 'b'])) == [['a', 'b']]
+    assert names(type='NoSuchDataset') == []
+    assert class_names(Config(dict(test_dataloader=None))) == {}

@@ -1,0 +1,190 @@
+"""Arguments, flags and errors of the command-line tools."""
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+from urllib.error import URLError
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from torch import distributed
+
+import mmprotune
+from mmprotune.engine import cli
+from mmprotune.errors import (
+    CheckpointError,
+    DataError,
+    FrozenTensorsChanged,
+    LaunchError,
+)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(cli, 'get_device', lambda: 'cpu')
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(cli, 'get_device', lambda: 'cuda')
+
+
+@pytest.mark.parametrize('suffix', ['', '.py'])
+def test_load_config_by_name(suffix):
+    cfg = cli.load_config(f'mmdet::retinanet/retinanet_r50_fpn_1x_coco{suffix}')
+    assert cfg.model.type == 'RetinaNet'
+
+
+def test_load_config_by_path(tmp_path):
+    path = tmp_path / 'a.py'
+    path.write_text('answer = 42')
+    assert cli.load_config(str(path)).answer == 42
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('no/such_file.py', "no file 'no/such_file.py'"),
+    ('mmdet::retinanet/no_such.py', "not shipped by 'mmdet'"),
+    ('mmdet::no_folder.py', 'expected package::folder/file.py'),
+    ('mmnothing::a/b.py', "the package 'mmnothing' is not installed"),
+])
+def test_load_config_refuses(name, message):
+    with pytest.raises(LaunchError, match=message):
+        cli.load_config(name)
+
+
+def test_wrap_config_names_the_flag():
+    with pytest.raises(LaunchError, match='--protune: .*model.backbone'):
+        cli.wrap_config(Config(dict(model=dict(type='BERT'))))
+
+
+def test_wrap_config_knows_the_file_of_the_command_line():
+    cfg = Config(dict(model=dict(backbone=dict(type='ResNet')), load_from='old.pth'))
+    assert cli.wrap_config(cfg, {'load_from': 'new.pth'}).model.backbone.frozen_from == 'new.pth'
+
+
+@pytest.mark.parametrize(('config', 'given', 'in_config', 'expected'), [
+    ('a/b.py', None, None, os.path.join('work_dirs', 'b_protune')),
+    ('mmdet::a/b.py', None, None, os.path.join('work_dirs', 'b_protune')),
+    ('a/b.py', None, 'own', 'own'),
+    ('a/b.py', 'given', 'own', 'given'),
+])
+def test_work_dir(config, given, in_config, expected):
+    cfg = Config(dict(work_dir=in_config))
+    cli.set_work_dir(cfg, argparse.Namespace(config=config, work_dir=given, protune=True))
+    assert cfg.work_dir == expected
+
+
+def test_resume_from_a_file(tmp_path):
+    file = tmp_path / 'a.pth'
+    file.touch()
+    cfg = Config(dict(work_dir=str(tmp_path), load_from='weights.pth', resume=False))
+    cli.set_resume(cfg, str(file))
+    assert (cfg.resume, cfg.load_from) == (True, str(file))
+
+
+def test_resume_auto(tmp_path):
+    cfg = Config(dict(work_dir=str(tmp_path), load_from='weights.pth', resume=False))
+    cli.set_resume(cfg, 'auto')
+    # Nothing to resume: what the config said stays.
+    assert (cfg.resume, cfg.load_from) == (False, 'weights.pth')
+
+    newest = tmp_path / 'epoch_2.pth'
+    torch.save(dict(optimizer={}), newest)
+    (tmp_path / 'last_checkpoint').write_text(str(newest))
+    cli.set_resume(cfg, 'auto')
+    assert (cfg.resume, cfg.load_from) == (True, str(newest))
+
+
+def test_resume_from_nothing(tmp_path):
+    cfg = Config(dict(work_dir=str(tmp_path)))
+    with pytest.raises(LaunchError, match='--resume: no file'):
+        cli.set_resume(cfg, str(tmp_path / 'none.pth'))
+    cli.set_resume(cfg, None)
+    assert 'resume' not in cfg
+    cli.check_checkpoint_path('load_from', 'https://example.org/a.pth')  # not a local file
+
+
+def test_amp(on_gpu):
+    cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
+    cli.use_amp(cfg)
+    assert cfg.optim_wrapper == dict(type='AmpOptimWrapper', loss_scale='dynamic')
+    cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper', loss_scale=512.)))
+    cli.use_amp(cfg)
+    assert cfg.optim_wrapper.loss_scale == 512.
+    with pytest.raises(LaunchError, match="optim_wrapper.type must be .* got 'Own'"):
+        cli.use_amp(Config(dict(optim_wrapper=dict(type='Own'))))
+
+
+def test_amp_of_a_class(on_gpu):
+    cfg = Config(dict(optim_wrapper=dict(type=OptimWrapper)))
+    cli.use_amp(cfg)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+
+
+def test_amp_without_gpu(on_cpu):
+    with pytest.raises(LaunchError, match='--amp needs a GPU'):
+        cli.use_amp(Config(dict(optim_wrapper=dict(type='OptimWrapper'))))
+
+
+def test_auto_scale_lr():
+    cfg = Config(dict(auto_scale_lr=dict(enable=False, base_batch_size=16)))
+    cli.use_auto_scale_lr(cfg)
+    assert cfg.auto_scale_lr.enable is True
+    for without in (dict(), dict(auto_scale_lr=dict(enable=False))):
+        with pytest.raises(LaunchError, match='auto_scale_lr.base_batch_size'):
+            cli.use_auto_scale_lr(Config(without))
+
+
+def exceptions_of_the_package() -> list[type]:
+    found = []
+    for module in pkgutil.walk_packages(mmprotune.__path__, 'mmprotune.'):
+        content = vars(importlib.import_module(module.name))
+        found += [value for value in content.values() if isinstance(value, type)
+                  and issubclass(value, Exception) and value.__module__ == module.name]
+    assert {CheckpointError, DataError, FrozenTensorsChanged} < {*found}
+    return found
+
+
+@pytest.mark.parametrize('kind', exceptions_of_the_package())
+def test_errors_without_traceback(monkeypatch, capsys, kind):
+
+    def main():
+        raise kind('load_from: what is wrong')
+
+    monkeypatch.delenv('MMPROTUNE_DEBUG', raising=False)
+    monkeypatch.setattr('sys.argv', ['somewhere/train.py'])
+    assert cli.run_tool(main) == 1
+    assert capsys.readouterr().err == 'train.py: error: load_from: what is wrong\n'
+
+    monkeypatch.setenv('MMPROTUNE_DEBUG', '1')
+    with pytest.raises(kind, match='what is wrong'):
+        cli.run_tool(main)
+
+
+def test_downloads_that_fail(monkeypatch, capsys, tmp_path):
+
+    def main():
+        raise URLError('no route')
+
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
+    assert cli.run_tool(main) == 1
+    message = capsys.readouterr().err
+    assert 'could not be downloaded: <urlopen error no route>' in message
+    assert str(tmp_path / 'checkpoints') in message
+
+
+def test_other_errors_pass():
+    with pytest.raises(KeyError, match='host'):
+        cli.run_tool(lambda: {}['host'])
+    assert cli.run_tool(lambda: None) == 0
+
+
+def test_group_is_left_at_the_end(tmp_path):
+    distributed.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    assert cli.run_tool(lambda: None) == 0
+    assert not distributed.is_initialized()
