@@ -6,8 +6,8 @@ import pytest
 import torch
 from mmengine.registry import MODELS as ROOT_MODELS
 
-from mmprotune import checkpoint
 from mmprotune.checkpoint import full_state_dict
+from mmprotune.checkpoints import slim
 from mmprotune.errors import FunctionMismatch
 from mmprotune.models.identity import difference, pack, summary
 from tests.conftest import RESNET18, build, wake
@@ -119,7 +119,7 @@ def test_a_full_checkpoint_of_other_weights_carries_its_own(prompted_cfg, other_
 def test_files_of_the_older_form_load_with_a_warning(monkeypatch):
     model, other = prompted(), prompted(last_stage='serial')
     lines = []
-    monkeypatch.setattr(checkpoint, 'print_log',
+    monkeypatch.setattr(slim, 'print_log',
                         lambda text, logger=None, level=logging.INFO: lines.append((level, text)))
     for state_dict in (model.state_dict(), full_state_dict(model)):
         del state_dict['frozen_function']
