@@ -21,7 +21,6 @@ FINGERPRINT = 'frozen_fingerprint'
 FUNCTION = 'frozen_function'
 # Rounding on another machine or in TF32 moves outputs less; what a setting changes, more.
 FUNCTION_TOLERANCE = 0.005
-ROUNDING = 1e-4
 
 
 def prompted_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -81,13 +80,10 @@ class _FullLoad:
     cast: bool
 
     def verify(self, module: nn.Module) -> None:
+        before = module.own_fingerprint
         module.refresh_fingerprint()
-        if not self.has_function:
-            function = module.function_of()
-            # Not for the sake of rounding: the same backbone gives the same file.
-            if max(module.function_distance(function, module.frozen_function)) > ROUNDING or \
-                    not module.frozen_function.any():
-                module.frozen_function.copy_(function)
+        if not self.has_function and module.own_fingerprint == before:
+            module.refresh_function()
         if self.checked:
             arrived = module.frozen_tensors()
             expected = fingerprint({n: t.to(arrived[n].dtype) for n, t in self.frozen.items()})

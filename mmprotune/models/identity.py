@@ -21,6 +21,8 @@ from . import calls
 from .trace import BATCH, Trace
 
 PROJECTIONS = 8
+# Below this, what is computed differs by rounding alone.
+ROUNDING = 1e-4
 # Two summaries, without and with prompts.
 PACKED_BYTES = 2 * 4 * (PROJECTIONS + 1)
 _ROWS = 4093

@@ -33,7 +33,7 @@ from mmprotune.lean.prompts import add_prompt, prompt_of
 from mmprotune.registry import MODELS
 
 from . import calls
-from .identity import PACKED_BYTES, difference, function_of, pinned
+from .identity import PACKED_BYTES, ROUNDING, difference, function_of, pinned
 from .insertion import Stage, Tap, find_stages
 from .layout import as_map
 from .pretrained import PretrainedFileError, build_backbone, freeze_built, given_backbone
@@ -354,13 +354,25 @@ class PromptedBackbone(BaseModule):
         return frozen_tensors(self.backbone, self.frozen_names)
 
     def refresh_fingerprint(self) -> None:
-        """Computes the fingerprint of the frozen tensors as they are now."""
+        """Computes the fingerprint of the frozen tensors as they are now, and where it is another
+        one, what they compute."""
         tensors = identity(self.frozen_tensors())
         sha = fingerprint(tensors)
         self.frozen_fingerprint.copy_(sha)
         # No buffer: DistributedDataParallel would overwrite it with the first process's.
+        before = self.__dict__.get('own_fingerprint')
         self.own_fingerprint = bytes(sha.tolist()).hex()
+        if before not in (None, self.own_fingerprint):
+            self.refresh_function()
         self.frozen_dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+
+    def refresh_function(self) -> None:
+        """Computes ``frozen_function`` anew; rounding alone does not change it, so that the same
+        backbone gives the same file."""
+        function = self.function_of()
+        if not self.frozen_function.any() or \
+                max(difference(function, self.frozen_function)) > ROUNDING:
+            self.frozen_function.copy_(function)
 
     def function_of(self, frozen: Mapping[str, Tensor] | None = None) -> Tensor:
         """What ``frozen_function`` would be now, or with other values for the frozen tensors; see

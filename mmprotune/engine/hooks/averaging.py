@@ -81,7 +81,6 @@ def _copy_frozen(source: nn.Module, target: nn.Module) -> None:
             old.data.copy_(new.data)
         if differing:
             copy.refresh_fingerprint()
-            copy.frozen_function.copy_(part.frozen_function)
 
 
 class _Sparing:
