@@ -61,11 +61,12 @@ class FreezeGuardHook(Hook):
     def before_train(self, runner) -> None:
         model = unwrapped(runner.model)
         share_frozen(model, runner.hooks, first=runner.iter == 0)
-        # What init_weights or a hook has made of the weights so far: a snapshot would not tell.
-        audit(model)
         self._snapshot = FrozenSnapshot(model)
         if get_world_size() > 1:
             compare_ranks(all_gather_object(_stand(model, self._snapshot)))
+        # What init_weights or a hook has made of the weights so far: a snapshot would not tell.
+        # After the ranks have been compared: the wrapper gives them the first one's weights.
+        audit(model)
         self._done = 0
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
