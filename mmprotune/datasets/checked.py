@@ -86,7 +86,10 @@ def check_image_file(path: str) -> None:
 def _nothing_left(path: str, dataset: object) -> str:
     """Why a data set whose annotations were read has no image."""
     wanted = (getattr(dataset, 'metainfo', None) or {}).get('classes') or ()
-    has = _categories(path)
+    content = _coco(path)
+    if content is not None and not content.get('images'):
+        return f'{path} cannot be read as annotations: it lists no images'
+    has = None if content is None else [str(c['name']) for c in content['categories']]
     if has is not None and not {*has} & {*wanted}:
         return (f'{path} has objects of the classes {listed(has, 8, repr)}, none of which the '
                 f'config names: metainfo=dict(classes=…) of the data set is '
@@ -96,11 +99,12 @@ def _nothing_left(path: str, dataset: object) -> str:
             f'filter_cfg ({getattr(dataset, "filter_cfg", None)}) drops them all')
 
 
-def _categories(path: str) -> list[str] | None:
-    """Names of the categories in a COCO-format file; None for another format."""
+def _coco(path: str) -> dict | None:
+    """What a COCO-format file holds; None for another format."""
     try:
         with open(path, encoding='utf-8') as file:
-            return [str(category['name']) for category in json.load(file)['categories']]
+            content = json.load(file)
+        return content if all('name' in c for c in content['categories']) else None
     except (ValueError, KeyError, TypeError):
         return None
 
