@@ -90,17 +90,21 @@ def await_all(*launchers):
     return outputs
 
 
+def assert_same_weights(found, expected):
+    for name, weight in expected.items():
+        if name.endswith('frozen_function'):  # packed numbers; threads round differently
+            assert max(difference(found[name], weight)) < 1e-4
+        else:
+            torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=name)
+
+
 def assert_as_alone(together, alone):
     assert len(together['gradients']) == len(alone['gradients']) == 4
     for found, expected in zip(together['gradients'], alone['gradients']):
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6, msg=name)
-    for name, weight in alone['weights'].items():
-        if name.endswith('frozen_function'):  # packed numbers; threads round differently
-            assert max(difference(together['weights'][name], weight)) < 1e-4
-            continue
-        torch.testing.assert_close(together['weights'][name], weight, rtol=0, atol=1e-6, msg=name)
+    assert_same_weights(together['weights'], alone['weights'])
     assert any(g.abs().max() > 1e-2 for g in alone['gradients'][0].values())
 
 
@@ -145,8 +149,7 @@ def test_a_killed_rank_is_restarted_and_resumes(data, resnet18_file, alone, tmp_
     for rank in (0, 1):
         found = record(tmp_path / 'run', rank)
         assert len(found['gradients']) == 2  # the second epoch
-        for name, weight in alone['weights'].items():
-            torch.testing.assert_close(found['weights'][name], weight, rtol=0, atol=1e-6)
+        assert_same_weights(found['weights'], alone['weights'])
 
 
 # --- data that does not divide ----------------------------------------------------------------
