@@ -96,9 +96,7 @@ def extract(path: str | os.PathLike, cfg: Config | str | os.PathLike, out: str |
             pre-trained file holds (no one could load the slim file).
         FileExistsError: ``out`` exists.
     """
-    out = _writable(out, force)
-    if os.path.abspath(out) == os.path.abspath(os.fspath(path)):
-        raise CheckpointError(f'{out}: input and output are the same file')
+    out = _writable(out, path, force)
     cfg = _config(cfg)
     model = build_model(cfg)
     before = {p: part.frozen_fingerprint.clone() for p, part in prompted_parts(model)}
@@ -135,9 +133,7 @@ def merge(path: str | os.PathLike, cfg: Config | str | os.PathLike, out: str | o
         CheckpointError: The checkpoint does not belong to the config's model.
         FileExistsError: ``out`` exists.
     """
-    out = _writable(out, force)
-    if os.path.abspath(out) == os.path.abspath(os.fspath(path)):
-        raise CheckpointError(f'{out}: input and output are the same file')
+    out = _writable(out, path, force)
     cfg = _config(cfg)
     model = build_model(cfg)
     checkpoint = load(model, path)
@@ -184,13 +180,15 @@ def _self_contained(cfg: Config, model: nn.Module) -> Config:
     return cfg
 
 
-def _writable(out: str | os.PathLike, force: bool) -> str:
+def _writable(out: str | os.PathLike, source: str | os.PathLike, force: bool) -> str:
     out = os.fspath(out)
     if out.endswith('.safetensors'):
         raise CheckpointError(f'{out}: expected a name that ends with .pth; a checkpoint holds '
                               'more than tensors, and safetensors files do not')
     if os.path.exists(out) and not force:
         raise FileExistsError(f'{out} exists; nothing was written (--force overwrites)')
+    if os.path.abspath(out) == os.path.abspath(os.fspath(source)):
+        raise CheckpointError(f'{out}: input and output are the same file')
     return out
 
 
