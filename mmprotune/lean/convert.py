@@ -68,9 +68,8 @@ def make_lean(module: nn.Module,
     dry_run = DryRun(module if root is None else root, module)
     pairs = find_pairs(module, dry_run) if options.fold and dry_run.shape else []
     _swap(module, options, report)
-    if prompts is not None and options.prompts and not set_saved(prompts, options.prompts, dry_run):
-        report.remarks.append('the network changes prompted features in place, so its prompts keep '
-                              "the features from before (as with prompts='bottleneck')")
+    if prompts is not None and options.prompts:
+        set_saved(prompts, options.prompts, dry_run)
     if dry_run.shape is None:
         report.remarks.append(f'the network ran at no usual image size ({dry_run.error}), so '
                               'nothing is folded or computed again')

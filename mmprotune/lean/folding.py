@@ -43,13 +43,16 @@ class Pair:
     def is_active(self) -> bool:
         """Whether the two are one now: while their network runs, and not where somebody calls the
         convolution by itself. Hooks on either see what they would see in the stock network, so with
-        hooks they are two; so they are once somebody replaces the norm (MMEngine's
+        hooks they are two (but with those behind the norm that say ``reads_output_only``, whose
+        output is the same); so they are once somebody replaces the norm (MMEngine's
         ``revert_sync_batchnorm`` does), the way that one of them is called, or lets one of them
         train, and while the network is recorded."""
         conv, norm = self.conv, self.norm
         return self.parent._modules.get(self.name) is norm and not is_recorded() and is_running(
         ) and not (
-            norm.training or conv._forward_hooks or norm._forward_hooks
+            norm.training or conv._forward_hooks
+            or not all(getattr(hook, 'reads_output_only', False)
+                       for hook in norm._forward_hooks.values())
             or norm._forward_pre_hooks or conv._backward_hooks or norm._backward_hooks
             or conv._backward_pre_hooks or norm._backward_pre_hooks
             or 'forward' in conv.__dict__ or 'forward' in norm.__dict__

@@ -40,37 +40,34 @@ class PromptState:
         self.saves, self.first, self.observer = saves, '', None
 
 
-def set_saved(prompts: nn.Module, saves: str, dry_run: DryRun) -> bool:
+def set_saved(prompts: nn.Module, saves: str, dry_run: DryRun) -> None:
     """Sets what prompt blocks save.
 
     'output' becomes 'bottleneck' for blocks whose ``down`` is more than a 1x1 convolution, and for
-    all where the network changes prompted features in place.
+    those whose prompted feature the network changes in place.
 
     Args:
         prompts (nn.Module): Holds the blocks.
         saves (str): See ``prompts`` of :class:`~mmprotune.lean.options.LeanOptions`.
         dry_run (DryRun): Runs the network with its prompts.
 
-    Returns:
-        bool: False where the network changes prompted features in place.
     """
     blocks = [block for block in prompts.modules() if _has_halves(block)]
-    added: list[tuple[Tensor, int]] = []
+    added: dict[nn.Module, list[tuple[Tensor, int]]] = {}
 
     def observe(block: nn.Module, feature: Tensor, y: Tensor) -> None:
-        added.append((y, y._version))
+        added.setdefault(block, []).append((y, y._version))
         block.lean.first = _first_convolution(block, feature)
 
     for block in blocks:
         block.__dict__['lean'] = state = PromptState('bottleneck' if saves == 'output' else saves)
         state.observer = partial(observe, block)
     ran = saves == 'output' and dry_run.shape is not None and dry_run() is not None
-    untouched = all(y._version == version for y, version in added)
     for block in blocks:
         block.lean.observer = None
-        if ran and untouched and block.lean.first:
+        if ran and block.lean.first and all(
+                y._version == version for y, version in added.get(block, ())):
             block.lean.saves = 'output'
-    return untouched
 
 
 def _has_halves(block: nn.Module) -> bool:

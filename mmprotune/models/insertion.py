@@ -1,23 +1,21 @@
-"""Where a backbone's stages end.
-
-A stage end is found from the backbone's own structure by one dry run: the modules that run one
-after another along the trunk are grouped by stride and channels, and the last block of each group
-ends a stage. In a plain stack of layers the last layer of each resolution does. Nothing here knows
-any particular backbone.
-"""
+"""Where prompts go."""
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from mmprotune.errors import listed
+
+from .branches import find_branches
 from .layout import Layout
+from .stage_ends import find_block_ends, find_stage_ends, find_stem
 from .trace import StageError, Trace, dry_run, read_features
 
-# A plain stack of blocks at one resolution (a ViT) is cut into this many groups.
-PLAIN_GROUPS = 4
+# Values of `insert`, and what the prompts there are called.
+INSERT = dict(stages='stage', blocks='block', branches='branch', narrow='branch', outputs='output')
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,13 @@ class Tap:
         stage (Stage): The stage.
     """
 
+    # A norm with this hook may still be computed as part of the convolution before it.
+    reads_output_only = True
+
     def __init__(self, owner: nn.Module, stage: Stage) -> None:
         self.owner = owner
         self.stage = stage
+
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
         index = self.stage.index
@@ -79,238 +81,130 @@ class Remarks(list):
     is_last_unread = False
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """A module on the way through the backbone, and the features it returned, by output index."""
-    path: str
-    maps: dict[int | None, Layout]
-    order: int
-    is_block: bool
-
-    @property
-    def levels(self) -> tuple[tuple[float, int], ...]:
-        """Stride and channels of each feature: what tells one stage from the next."""
-        return tuple((layout.stride, layout.channels) for layout in self.maps.values())
-
-
-def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Sequential, nn.ModuleList))
-
-
-def _is_block(path: str, module: nn.Module) -> bool:
-    """A block of a stage: more than a layer with its norm and activation, and not the stem."""
-    if any(word in path.lower() for word in ('stem', 'embed')):
-        return False
-    return sum(p.dim() > 1 for p in module.parameters()) > 1
-
-
-def _stack_strides(path: str, module: nn.Module, trace: Trace) -> set[float]:
-    """Strides at which stacks of blocks inside the module run."""
-    strides = set()
-    for name, child in module.named_modules():
-        if name and _is_container(child):
-            for key, block in child.named_children():
-                inner = f'{path}.{name}.{key}'
-                if not _is_container(block) and _is_block(inner, block):
-                    strides.update(layout.stride for layout in trace.maps(inner).values())
-    return strides
-
-
-def _is_wrapper(path: str, module: nn.Module, trace: Trace) -> bool:
-    """Whether stages end inside the module, not where it returns: it holds stacks of blocks, and
-    down-samples after them or hands on what they return one after another."""
-    stacks = _stack_strides(path, module, trace)
-    maps = trace.maps(path)
-    if not stacks:
-        return False
-    if stacks != {layout.stride for layout in maps.values()}:
-        return True
-    inside = {
-        id(t)
-        for p, call in trace.calls.items() if p.startswith(f'{path}.')
-        for t in call.tensors.values()
-    }
-    return len(maps) > 1 and any(id(trace.calls[path].tensors[i]) in inside for i in maps)
-
-
-def _units(module: nn.Module, path: str, trace: Trace) -> Iterator[_Unit]:
-    for name, child in module.named_children():
-        inner = f'{path}.{name}' if path else name
-        maps = trace.maps(inner)
-        if inner not in trace.calls or _is_container(child):
-            yield from _units(child, inner, trace)
-            continue
-        if _is_wrapper(inner, child, trace):
-            yield from _units(child, inner, trace)
-            continue
-        call = trace.calls[inner]
-        # A tensor that is returned twice (as the feature and for the next stage) counts once.
-        once = {id(call.tensors[i]): i for i in maps}
-        maps = {i: layout for i, layout in maps.items() if i in once.values()}
-        if maps:
-            yield _Unit(inner, maps, call.order, _is_block(inner, child))
-
-
-def _blocks(module: nn.Module, path: str, trace: Trace) -> list[_Unit]:
-    """The blocks inside a module, in the order in which they run."""
-    return sorted((u for u in _units(module, path, trace) if u.is_block), key=lambda u: u.order)
-
-
-def _outermost(path: str, trace: Trace) -> str:
-    """The outermost module that returns the very tensors of the one at ``path``."""
-    tensors = trace.calls[path].tensors
-    parts = path.split('.')
-    for n in range(len(parts) - 1, 0, -1):
-        parent = '.'.join(parts[:n])
-        call = trace.calls.get(parent)
-        if call is not None and call.tensors.keys() == tensors.keys() and all(
-                call.tensors[i] is t for i, t in tensors.items()):
-            path = parent
-    return path
-
-
-def find_stages(backbone: nn.Module,
-                stages: str | Sequence[str] = 'auto') -> tuple[list[Stage], Remarks, Trace]:
-    """Finds the stage ends of a backbone.
+def find_places(backbone: nn.Module,
+                stages: str | Sequence[str] = 'auto',
+                insert: str = 'stages',
+                stem: bool = False) -> tuple[list[Stage], Remarks, Trace]:
+    """Finds where prompts go.
 
     Args:
         backbone (nn.Module): Takes images of shape (N, 3, H, W).
-        stages (str | Sequence[str]): 'auto', or the dotted paths of the modules that end the
-            stages. Defaults to 'auto'.
+        stages (str | Sequence[str]): 'auto', or the dotted paths of modules by hand; ``*`` stands
+            for anything but a dot. Defaults to 'auto'.
+        insert (str): One of ``INSERT``; see :class:`~mmprotune.PromptedBackbone`. Defaults to
+            'stages'.
+        stem (bool): Whether a prompt stands behind the stem, too. Defaults to False.
 
     Returns:
-        tuple[list[Stage], Remarks, Trace]: The stages in the order in which they run, remarks on
-        stages that were left out (nothing reads them), and the dry run that found them.
+        tuple[list[Stage], Remarks, Trace]: The places in the order in which they run, remarks on
+        those that were left out (nothing reads them), and the dry run that found them.
 
     Raises:
-        StageError: A path does not exist or returns no feature map, or 'auto' finds nothing; the
+        StageError: A path does not exist or returns no feature map, or nothing is found; the
             message lists candidates.
         TypeError: ``stages`` is neither 'auto' nor a sequence of strings.
     """
-    if isinstance(stages, str) and stages != 'auto':
-        raise StageError(f"stages must be 'auto' or a list of module paths, got {stages!r}")
-    if not isinstance(stages, str):
-        if not isinstance(stages, Sequence) or not all(isinstance(s, str) for s in stages):
-            raise TypeError(f"stages must be 'auto' or a list of module paths, got {stages!r}")
-        modules = dict(backbone.named_modules())
-        for path in stages:
-            if path not in modules:
-                children = _names(n for n, _ in backbone.named_children())
-                raise StageError(f'stages: {type(backbone).__name__} has no module {path!r}; '
-                                 f'its children are {children}')
-        if not stages:
-            raise StageError('stages is an empty list; prompt=None is the way to have no prompts')
+    paths = _by_hand(backbone, stages, insert)
     trace = dry_run(backbone)
-    remarks = Remarks()
-    if isinstance(stages, str):
-        found = _auto(backbone, trace)
-    else:
-        found = {}
-        for path in stages:
-            found[path] = trace.maps(path)
+    name = type(backbone).__name__
+    if paths is not None:
+        found = {path: trace.maps(path) for path in paths}
+        for path in paths:
             if not found[path]:
-                raise StageError(
-                    f'stages: {path!r} of {type(backbone).__name__} returns no feature map; '
-                    f'modules that do: {_names(_candidates(trace))}')
-    read = read_features(backbone, trace, found)
+                raise StageError(f'stages: {path!r} of {name} returns no feature map; '
+                                 f'modules that do: {_names(_candidates(trace))}')
+    else:
+        found = _find(backbone, trace, insert)
+    behind_stem = find_stem(backbone, trace) if stem else {}
+    if stem and not behind_stem:
+        raise StageError(f'stem: no module of {name} returns the feature that enters the first '
+                         'block; name it in stages=[…], or set stem=False')
+    found = {**{path: dict(maps) for path, maps in behind_stem.items()}, **found}
+    read = read_features(
+        backbone, trace, ((path, i) for path, maps in found.items() for i in maps))
     result: list[Stage] = []
+    remarks, unread = Remarks(), []
     number = 0
     for path in sorted(found, key=lambda p: trace.calls[p].order):
         maps = {i: layout for i, layout in found[path].items() if (path, i) in read}
         for index, layout in found[path].items():
             if index not in maps:
                 which = path if index is None else f'{path}[{index}]'
-                remarks.append(f'{which} ({layout.channels} channels) gets no prompt: no output of '
-                               f'{type(backbone).__name__} depends on it')
+                unread.append(f'{which} ({layout.channels} channels)')
         remarks.is_last_unread = not maps
-        number += bool(maps)
+        if path in behind_stem:
+            called = 'stem'
+        else:
+            number += bool(maps)
+            called = f'{INSERT[insert]}{number}'
         for index, layout in maps.items():
-            name = f'stage{number}' if len(maps) == 1 else f'stage{number}_{index}'
-            result.append(Stage(name, path, index, layout))
+            own = called if len(maps) == 1 else f'{called}_{index}'
+            if not path:
+                own = f'output{index or 0}'
+            result.append(Stage(own, path, index, layout))
     if not result:
-        raise StageError(f'stages: no output of {type(backbone).__name__} depends on any stage '
-                         f'that was found: {_names(found)}')
+        raise StageError(f'{"stages" if insert == "stages" else "insert"}: no output of {name} '
+                         f'depends on any place that was found: {_names(found)}')
+    if unread:
+        remarks.append(f'no prompt at {_names(unread)}: no output of {name} depends on it')
     return result, remarks, trace
 
 
-def _layers(module: nn.Module, path: str, trace: Trace) -> Iterator[tuple[_Unit, bool]]:
-    """What a plain stack of layers consists of, and whether each computes with weights.
-
-    A container that stands in a row of others, as ConvMixer's layers do, is one of them; so is
-    every other module outside containers that returns a feature (a convolution, an activation).
-    """
-    for name, child in module.named_children():
-        inner = f'{path}.{name}' if path else name
-        maps = trace.maps(inner)
-        in_a_row = _is_container(child) and _is_container(module) and _is_block(
-            inner, child) and not any(map(_is_container, child.children()))
-        if _is_container(child) and not (in_a_row and maps):
-            yield from _layers(child, inner, trace)
-        elif maps and not any(word in inner for word in ('stem', 'embed')):
-            unit = _Unit(inner, maps, trace.calls[inner].order, in_a_row)
-            yield unit, any(p.dim() > 1 for p in child.parameters())
-
-
-def _stack_ends(backbone: nn.Module, trace: Trace) -> list[_Unit]:
-    """Stage ends of a backbone without blocks, a plain stack of layers: the last layer of each
-    resolution at which any has weights; where all are alike, cuts as in a plain ViT."""
-    layers = sorted(_layers(backbone, '', trace), key=lambda pair: pair[0].order)
-    row = [unit for unit, _ in layers if unit.is_block]
-    if len({unit.levels for unit in row}) == 1:
-        return _plain_ends(backbone, row)
-    ends: dict[tuple[float, ...], _Unit] = {}
-    weighted = set()
-    for unit, has_weights in layers:
-        resolution = tuple(stride for stride, _ in unit.levels)
-        ends[resolution] = unit
-        if has_weights:
-            weighted.add(resolution)
-    return [unit for resolution, unit in ends.items() if resolution in weighted]
+def _by_hand(backbone: nn.Module, stages: str | Sequence[str], insert: str) -> list[str] | None:
+    """The paths that ``stages`` names; None for 'auto'."""
+    if isinstance(stages, str):
+        if stages != 'auto':
+            raise StageError(f"stages must be 'auto' or a list of module paths, got {stages!r}")
+        return None
+    if not isinstance(stages, Sequence) or not all(isinstance(s, str) for s in stages):
+        raise TypeError(f"stages must be 'auto' or a list of module paths, got {stages!r}")
+    if insert != 'stages':
+        raise ValueError(f'stages names the places by hand, so insert={insert!r} has no meaning; '
+                         'leave one of the two out')
+    if not stages:
+        raise StageError('stages is an empty list; prompt=None is the way to have no prompts')
+    known = [path for path, _ in backbone.named_modules() if path]
+    paths: dict[str, None] = {}
+    for pattern in stages:
+        matcher = re.compile('[^.]*'.join(map(re.escape, pattern.split('*'))))
+        matches = [path for path in known if matcher.fullmatch(path)]
+        if not matches:
+            children = _names(n for n, _ in backbone.named_children())
+            raise StageError(f'stages: {type(backbone).__name__} has no module {pattern!r}; '
+                             f'its children are {children}')
+        paths.update(dict.fromkeys(matches))
+    return list(paths)
 
 
-def _auto(backbone: nn.Module, trace: Trace) -> dict[str, dict[int | None, Layout]]:
-    blocks = _blocks(backbone, '', trace)
-    while len(blocks) == 1:  # one module around everything, as timm's models in their wrappers
-        inside = _blocks(backbone.get_submodule(blocks[0].path), blocks[0].path, trace)
-        if len(inside) < 2 or not _stack_strides(
-                blocks[0].path, backbone.get_submodule(blocks[0].path), trace):
-            break
-        blocks = inside
-    if not blocks:
-        ends = _stack_ends(backbone, trace)
-        if not ends:
-            raise StageError(
-                f'stages: no stage was found in {type(backbone).__name__}; name them with '
-                f'stages=[…]; modules that return feature maps: {_names(_candidates(trace))}')
-        return {_outermost(unit.path, trace): unit.maps for unit in ends}
-    groups: list[list[_Unit]] = []
-    for unit in blocks:
-        if groups and groups[-1][-1].levels == unit.levels:
-            groups[-1].append(unit)
-        else:
-            groups.append([unit])
-    ends = _plain_ends(backbone, blocks) if len(groups) == 1 else [group[-1] for group in groups]
-    return {_outermost(unit.path, trace): unit.maps for unit in ends}
-
-
-def _plain_ends(backbone: nn.Module, blocks: list[_Unit]) -> list[_Unit]:
-    """Cuts a stack of blocks at one resolution at the backbone's ``out_indices`` when they name
-    several of its blocks, else into equal groups."""
-    count = len(blocks)
-    indices = getattr(backbone, 'out_indices', None)
-    if isinstance(indices, (tuple, list)) and len(indices) > 1:
-        cuts = sorted({i % count for i in indices if isinstance(i, int) and -count <= i < count})
-        if len(cuts) == len(indices):
-            return [blocks[i] for i in cuts]
-    groups = min(PLAIN_GROUPS, count)
-    return [blocks[math.ceil(count * (g + 1) / groups) - 1] for g in range(groups)]
+def _find(backbone: nn.Module, trace: Trace, insert: str) -> dict[str, dict[int | None, Layout]]:
+    name = type(backbone).__name__
+    if insert == 'stages':
+        found = find_stage_ends(backbone, trace)
+        missing = 'no stage was found'
+    elif insert == 'blocks':
+        found = find_block_ends(backbone, trace)
+        missing = 'no block was found'
+    elif insert == 'outputs':
+        found = {'': trace.maps('')} if trace.maps('') else {}
+        missing = 'no feature map is returned'
+    else:
+        found = find_branches(backbone, trace, narrow=insert == 'narrow')
+        missing = 'no residual branch was found'
+    if found:
+        return found
+    if insert == 'stages':
+        raise StageError(f'stages: {missing} in {name}; name them with stages=[…]; modules that '
+                         f'return feature maps: {_names(_candidates(trace))}')
+    others = ', '.join(repr(other) for other in INSERT if other != insert)
+    raise StageError(f'insert={insert!r}: {missing} in {name}; others are {others}, or name the '
+                     f'places with stages=[…]; modules that return feature maps: '
+                     f'{_names(_candidates(trace))}')
 
 
 def _candidates(trace: Trace) -> list[str]:
-    return sorted((p for p in trace.calls if trace.maps(p)), key=lambda p: (p.count('.'), p))
+    return sorted((p for p in trace.calls if p and trace.maps(p)),
+                  key=lambda p: (p.count('.'), p))
 
 
-def _names(names, most: int = 12) -> str:
-    names = list(names)
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return (', '.join(names[:most]) or 'none') + more
+def _names(names) -> str:
+    return listed(names, most=12)

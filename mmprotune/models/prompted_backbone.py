@@ -34,7 +34,7 @@ from mmprotune.registry import MODELS
 
 from . import calls
 from .identity import PACKED_BYTES, ROUNDING, difference, function_of, pinned
-from .insertion import Stage, Tap, find_stages
+from .insertion import INSERT, Stage, Tap, find_places
 from .layout import as_map
 from .pretrained import PretrainedFileError, build_backbone, freeze_built, given_backbone
 from .trace import Trace, returns_more_in_training
@@ -64,8 +64,9 @@ class PromptedBackbone(BaseModule):
             (``frozen_stages`` sets that).
         prompt (dict, optional): Config of the prompt block; ``channels`` is filled in per stage.
             None means no prompts. Defaults to ``dict(type='mmprotune.PromptBlock')``.
-        stages (str | Sequence[str]): 'auto', or the dotted paths of the modules that end the
-            stages. Defaults to 'auto'.
+        stages (str | Sequence[str]): 'auto', or the dotted paths of the modules behind which
+            prompts go; ``*`` stands for anything but a dot (``'layer*.*.bn3'``). Defaults to
+            'auto': where ``insert`` says.
         freeze (str): 'pretrained' freezes what the pre-trained file filled, the rest trains;
             'all' freezes everything. Defaults to 'pretrained'.
         trainable (Sequence[str]): Regular expressions; parameters whose whole dotted name in the
@@ -88,6 +89,13 @@ class PromptedBackbone(BaseModule):
         frozen_from (str, optional): Path or URL of a checkpoint of a whole model (what a run had as
             ``load_from``) whose part for this backbone is loaded after its own file. Defaults to
             None.
+        insert (str): Where prompts go. 'stages': at stage ends, the paper's form; 'blocks': at the
+            end of every block; 'branches': inside every residual branch, before its addition;
+            'narrow': inside every residual branch where its feature has fewest channels (behind the
+            3x3 convolution of a ResNet bottleneck), else as 'branches'; 'outputs': on what the
+            backbone returns, so that nothing feeds back into it. All but the first are this
+            package's. Defaults to 'stages'.
+        stem (bool): Whether a prompt stands behind the stem, too. Defaults to False.
 
     Attributes:
         prompts (nn.ModuleDict): Prompt block by stage name.
@@ -119,12 +127,16 @@ class PromptedBackbone(BaseModule):
                  backbone_dtype: str | None = None,
                  pretrained: str | None = None,
                  init_cfg: dict | None = None,
-                 frozen_from: str | None = None) -> None:
+                 frozen_from: str | None = None,
+                 insert: str = 'stages',
+                 stem: bool = False) -> None:
         super().__init__()
-        _check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean)
+        _check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean,
+                         insert)
         self.freeze = freeze
         self.trainable = tuple(trainable)
         self.last_stage = last_stage
+        self.insert = insert
         self.lean = lean
         self.frozen_from = frozen_from
         if isinstance(backbone, nn.Module):
@@ -142,7 +154,7 @@ class PromptedBackbone(BaseModule):
         self._handles: list[RemovableHandle] = []
         trace = None
         if prompt is not None:
-            trace = self._add_prompts(dict(prompt), stages)
+            trace = self._add_prompts(dict(prompt), stages, stem)
         self.register_buffer('frozen_function', torch.zeros(PACKED_BYTES, dtype=torch.uint8))
         self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
         self.frozen_function.copy_(function_of(self, trace=trace))
@@ -158,11 +170,11 @@ class PromptedBackbone(BaseModule):
 
     # --- construction -------------------------------------------------------------------------
 
-    def _add_prompts(self, prompt: dict, stages: str | Sequence[str]) -> Trace:
-        """Builds a block for every stage, and hooks it behind the module that ends the stage;
-        returns the dry run that found the stages."""
+    def _add_prompts(self, prompt: dict, stages: str | Sequence[str], stem: bool) -> Trace:
+        """Builds a block for every place, and hooks it behind the module whose output is the
+        feature there; returns the dry run that found the places."""
         with pinned(self):  # so that what it computes counts for frozen_function too
-            found, remarks, trace = find_stages(self.backbone, stages)
+            found, remarks, trace = find_places(self.backbone, stages, self.insert, stem)
         for remark in remarks:
             print_log(remark, logger='current', level=logging.WARNING)
         last = found[-1].path
@@ -420,12 +432,17 @@ def _after_load(module: PromptedBackbone, incompatible) -> None:
         expected.verify(module)
 
 
-def _check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean) -> None:
+def _check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean,
+                     insert) -> None:
     for key, value, choices in (('freeze', freeze, ('pretrained', 'all')),
                                 ('last_stage', last_stage, ('residual', 'serial', 'none')),
+                                ('insert', insert, tuple(INSERT)),
                                 ('backbone_dtype', backbone_dtype, (None, *STORAGE_DTYPES))):
         if value not in choices:
             raise ValueError(f'{key} must be one of {choices}, got {value!r}')
+    if insert != 'stages' and last_stage != 'residual':
+        raise ValueError(f'last_stage={last_stage!r} is for prompts at stage ends, got '
+                         f'insert={insert!r}')
     if LeanOptions.parse(lean) is None and backbone_dtype is not None:
         raise ValueError(f'backbone_dtype={backbone_dtype!r} needs lean layers, but lean=False')
     if isinstance(trainable, str) or not all(isinstance(t, str) for t in trainable):

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +28,32 @@ BATCH = 2
 
 @dataclass
 class _Call:
-    """The one call of a module in the dry run: when it ended, which tensors it returned and how
-    they are laid out. A tensor is not held, which on a large image takes gigabytes: its weak
-    reference is the same object whoever returns it, and no other tensor's afterwards."""
+    """The one call of a module in the dry run.
+
+    Attributes:
+        order (int): When it ended.
+        entry (Node, optional): Node of the graph that made its first argument.
+        tensors (dict): What it returned, by output index. A tensor is not held, which on a large
+            image takes gigabytes: its weak reference is the same object whoever returns it, and no
+            other tensor's afterwards.
+        nodes (dict): Nodes of the graph that made them.
+        layouts (dict): How those are laid out that are features.
+    """
     order: int
+    entry: object
     tensors: dict[int | None, weakref.ref[Tensor]]
+    nodes: dict[int | None, object]
     layouts: dict[int | None, Layout]
 
 
 @dataclass
 class Trace:
-    """The calls of one dry run, by module path, and what the backbone returned."""
+    """The calls of one dry run, by module path ('' is the backbone itself), and what the backbone
+    returned, in a graph that holds no tensors."""
     shape: tuple[int, int, int]
     batch: int
     calls: dict[str, _Call]
-    outputs: list[Tensor]
+    outputs: list[Tensor] = field(repr=False)
 
     @property
     def image(self) -> tuple[int, int]:
@@ -53,6 +65,57 @@ class Trace:
         call = self.calls.get(path)
         return {} if call is None else call.layouts
 
+    @cached_property
+    def graph(self) -> Graph:
+        """The graph behind the outputs."""
+        return Graph(self.outputs)
+
+    @cached_property
+    def makers(self) -> dict[object, list[tuple[str, int | None]]]:
+        """Paths and output indices of the features that each node of the graph made."""
+        makers: dict[object, list[tuple[str, int | None]]] = {}
+        for path, call in self.calls.items():
+            for index in call.layouts:
+                if path and call.nodes[index] is not None:
+                    makers.setdefault(call.nodes[index], []).append((path, index))
+        return makers
+
+
+class Graph:
+    """The autograd graph behind some tensors, from its ends to its beginnings.
+
+    Args:
+        outputs (list[Tensor]): The tensors.
+
+    Attributes:
+        position (dict): Of each node in an order in which inputs come before what is made of them.
+        inputs (dict): The edges into each node, (node, output number); leaves are left out.
+    """
+
+    def __init__(self, outputs: list[Tensor]) -> None:
+        self.position: dict[object, int] = {}
+        self.inputs: dict[object, list[tuple[object, int]]] = {}
+        for tensor in outputs:
+            if tensor.grad_fn is not None:
+                self._visit(tensor.grad_fn)
+
+    def _visit(self, root: object) -> None:
+        stack = [(root, iter(self._edges(root)))] if root not in self.inputs else []
+        while stack:
+            node, edges = stack[-1]
+            below = next((n for n, _ in edges if n not in self.inputs), None)
+            if below is not None:
+                stack.append((below, iter(self._edges(below))))
+            else:
+                self.position[node] = len(self.position)
+                stack.pop()
+
+    def _edges(self, node: object) -> list[tuple[object, int]]:
+        edges = [(n, i) for n, i in node.next_functions
+                 if n is not None and not hasattr(n, 'variable')]
+        self.inputs[node] = edges
+        return edges
+
 
 def _tensors(output) -> dict[int | None, Tensor]:
     if isinstance(output, Tensor):
@@ -63,56 +126,73 @@ def _tensors(output) -> dict[int | None, Tensor]:
 
 
 @contextlib.contextmanager
-def _dry(backbone: nn.Module, shape: tuple[int, int, int], hook: Callable[[str], Callable],
-         batch: int = BATCH):
-    """Eval mode and a forward hook on every submodule; yields a function that runs the backbone on
-    noise. Everything is as before afterwards, the state of the random generator included."""
-    handles = [
-        module.register_forward_hook(hook(path)) for path, module in backbone.named_modules()
-        if path
-    ]
-    images = noise(backbone, shape, batch)
+def _without_checkpointing(backbone: nn.Module) -> Iterator[None]:
+    """While open, OpenMMLab's activation checkpointing is off, as it hides the graph."""
+    switched = [m for m in backbone.modules() if getattr(m, 'with_cp', None) is True]
+    for module in switched:
+        module.with_cp = False
     try:
-        with undisturbed(backbone):
-            def run():
-                torch.manual_seed(0)
-                return backbone(images)
-
-            yield run
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module in switched:
+            module.with_cp = True
+
+
+def _run(backbone: nn.Module, shape: tuple[int, int, int]):
+    """Runs the backbone on noise, in eval mode and in a graph that holds no tensors; the state of
+    the random generator is as before."""
+    with undisturbed(backbone), _without_checkpointing(backbone), torch.enable_grad(), \
+            nothing_saved():
+        # No leaf, which nobody may change in place.
+        images = noise(backbone, shape, BATCH).requires_grad_().clone()
+        torch.manual_seed(0)
+        return backbone(images)
 
 
 def _record(backbone: nn.Module, shape: tuple[int, int, int]) -> Trace:
     """Runs the backbone once and records what each module returned."""
-    calls: dict[str, _Call] = {}
+    found: dict[str, _Call] = {}
     repeated: set[str] = set()
+    entries: dict[str, list] = {}
 
-    def hook(path):
+    def enter(path):
+
+        def note(module, args):
+            tensor = next((a for a in args if isinstance(a, Tensor)), None)
+            entries.setdefault(path, []).append(None if tensor is None else tensor.grad_fn)
+
+        return note
+
+    def leave(path):
 
         def record(module, args, output):
-            if path in calls:
+            if path in found:
                 repeated.add(path)
             tensors = _tensors(output)
-            found = ((i, describe(t, shape[1:], BATCH)) for i, t in tensors.items())
-            calls[path] = _Call(
-                len(calls), {i: weakref.ref(t) for i, t in tensors.items()},
-                {i: layout for i, layout in found if layout is not None})
+            maps = ((i, describe(t, shape[1:], BATCH)) for i, t in tensors.items())
+            found[path] = _Call(
+                len(found), entries[path].pop(), {i: weakref.ref(t) for i, t in tensors.items()},
+                {i: t.grad_fn for i, t in tensors.items()},
+                {i: layout for i, layout in maps if layout is not None})
 
         return record
 
-    with _dry(backbone, shape, hook) as run, torch.no_grad():
-        outputs = list(tensors_in(run()))
+    handles = [handle for path, module in backbone.named_modules()
+               for handle in (module.register_forward_pre_hook(enter(path)),
+                              module.register_forward_hook(leave(path)))]
+    try:
+        outputs = list(tensors_in(_run(backbone, shape)))
+    finally:
+        for handle in handles:
+            handle.remove()
     for path in repeated:  # a module that runs twice ends no stage
-        del calls[path]
-    return Trace(shape, BATCH, calls, outputs)
+        del found[path]
+    return Trace(shape, BATCH, found, outputs)
 
 
 def read_features(backbone: nn.Module, trace: Trace,
-                  ends: Iterable[str]) -> set[tuple[str, int | None]]:
-    """Which of the features at the stage ends an output of the backbone depends on: a zero that
-    requires a gradient is added to each, and looked for in the graph behind the outputs.
+                  ends: Iterator[tuple[str, int | None]]) -> set[tuple[str, int | None]]:
+    """Which features an output of the backbone depends on, as the graph behind the outputs shows.
 
     Where tokens belong to no pixel the graph does not tell, as a class token is cut out of the very
     tensor that holds the pixels. There another run with other pixels does.
@@ -120,70 +200,39 @@ def read_features(backbone: nn.Module, trace: Trace,
     Args:
         backbone (nn.Module): The backbone.
         trace (Trace): Its dry run.
-        ends (Iterable[str]): Paths of the modules that end stages.
+        ends (Iterator[tuple[str, int | None]]): Path and output index of each feature.
 
     Returns:
-        set[tuple[str, int | None]]: Path and output index of those features.
+        set[tuple[str, int | None]]: Those of them that are read.
     """
-    ends = set(ends)
-    outputs, zeros = _run_marked(backbone, trace, ends)
-    nodes = [t.grad_fn for t in outputs if t.grad_fn is not None]
-    found, seen = set(), set()
-    while nodes:
-        node = nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, 'variable', None)
-        found.update(end for end, zero in zeros if zero is leaf)
-        nodes += [n for n, _ in node.next_functions if n is not None]
+    found = {(path, index) for path, index in ends
+             if trace.calls[path].nodes[index] in trace.graph.position}
     # From the last one up: attention behind an earlier one mixes its tokens.
     for end in sorted(found, key=lambda end: trace.calls[end[0]].order, reverse=True):
-        layout = trace.maps(end[0]).get(end[1])
-        if layout is None or not layout.extra_tokens:
+        if not trace.maps(end[0])[end[1]].extra_tokens:
             break
-        moved, _ = _run_marked(backbone, trace, ends, end)
-        if any(not torch.equal(a, b) for a, b in zip(moved, outputs)):
+        moved = _run_shifted(backbone, trace, *end)
+        if any(not torch.equal(a, b) for a, b in zip(moved, trace.outputs)):
             break
         found.discard(end)
     return found
 
 
-def _run_marked(backbone: nn.Module, trace: Trace, ends: set[str],
-                shifted: tuple[str, int | None] | None = None) -> tuple[list[Tensor], list]:
-    """Runs the backbone with a zero that requires a gradient added to each feature at the ends;
-    other values in the tokens of one feature that are pixels, where ``shifted`` names it.
+def _run_shifted(backbone: nn.Module, trace: Trace, path: str, index: int | None) -> list[Tensor]:
+    """What the backbone returns with other values in the tokens of a feature that are pixels."""
+    extra = trace.maps(path)[index].extra_tokens
 
-    Returns:
-        tuple[list[Tensor], list]: The outputs, and pairs of a feature's path and index and its
-        zero.
-    """
-    zeros: list[tuple[tuple[str, int | None], Tensor]] = []
+    def shift(module, args, output):
+        tensor = output if index is None else output[index]
+        shifted = torch.cat((tensor[:, :extra], tensor[:, extra:].roll(1, dims=2)), 1)
+        return shifted if index is None else type(output)(
+            shifted if item is tensor else item for item in output)
 
-    def hook(path):
-
-        def add(module, args, output):
-            if path not in ends:
-                return None
-
-            def marked(index: int | None, tensor: Tensor) -> Tensor:
-                zero = torch.zeros((), dtype=tensor.dtype, device=tensor.device, requires_grad=True)
-                zeros.append(((path, index), zero))
-                if (path, index) == shifted:
-                    extra = trace.maps(path)[index].extra_tokens
-                    tensor = torch.cat((tensor[:, :extra], tensor[:, extra:].roll(1, dims=2)), 1)
-                return tensor + zero
-
-            if isinstance(output, Tensor):
-                return marked(None, output)
-            new = {id(output[i]): marked(i, output[i]) for i in trace.maps(path)}
-            return type(output)(new.get(id(item), item) for item in output)
-
-        return add
-
-    # On one image, as that is enough; always in a graph, so that the same kernels run.
-    with _dry(backbone, trace.shape, hook, 1) as run, torch.enable_grad(), nothing_saved():
-        return list(tensors_in(run())), zeros
+    handle = backbone.get_submodule(path).register_forward_hook(shift)
+    try:
+        return list(tensors_in(_run(backbone, trace.shape)))
+    finally:
+        handle.remove()
 
 
 def dry_run(backbone: nn.Module) -> Trace:

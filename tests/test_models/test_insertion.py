@@ -7,7 +7,7 @@ from torch import nn
 
 from mmprotune.errors import StageError
 from mmprotune.models import calls
-from mmprotune.models.insertion import find_stages
+from mmprotune.models.insertion import find_places
 from mmprotune.models.layout import Layout, describe, token_grid
 from tests.conftest import RESNET18, build, wake
 
@@ -64,7 +64,7 @@ def test_token_grid(length, image, stride, extra, grid):
      ['stage1', 'stage2', 'stage3', 'stage4'], [32, 64, 128, 256], [4, 8, 16, 32]),
 ])
 def test_auto(cfg, paths, channels, strides):
-    stages, remarks, _ = find_stages(MODELS.build(dict(cfg)))
+    stages, remarks, _ = find_places(MODELS.build(dict(cfg)))
     assert [s.path for s in stages] == paths
     assert [s.channels for s in stages] == channels
     assert [s.stride for s in stages] == strides
@@ -72,7 +72,7 @@ def test_auto(cfg, paths, channels, strides):
 
 
 def test_a_stage_that_nothing_reads_is_left_out_and_named():
-    stages, remarks, _ = find_stages(MODELS.build(dict(RESNET18, out_indices=(0, 1, 2))))
+    stages, remarks, _ = find_places(MODELS.build(dict(RESNET18, out_indices=(0, 1, 2))))
     assert [s.path for s in stages] == ['layer1', 'layer2', 'layer3']
     assert len(remarks) == 1
     assert 'layer4 (64 channels)' in remarks[0]
@@ -84,7 +84,7 @@ def test_the_dry_run_leaves_no_trace():
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     modes = [m.training for m in backbone.modules()]
     random_state = torch.get_rng_state()
-    find_stages(backbone)
+    find_places(backbone)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert modes == [m.training for m in backbone.modules()] and True in modes
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
@@ -105,14 +105,14 @@ def test_the_dry_run_holds_no_features():
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(count)
-    find_stages(backbone)
-    assert len(outputs) == 2 * 20
+    find_places(backbone)
+    assert len(outputs) == 20
     assert most <= 3  # of the two paths through a block
 
 
 def test_paths_by_hand_run_in_order():
     backbone = MODELS.build(dict(RESNET18))
-    stages, *_ = find_stages(backbone, ['layer3', 'layer1.0'])
+    stages, *_ = find_places(backbone, ['layer3', 'layer1.0'])
     assert [(s.name, s.path, s.channels) for s in stages] == [('stage1', 'layer1.0', 8),
                                                               ('stage2', 'layer3', 32)]
 
@@ -146,7 +146,7 @@ class Broken(nn.Module):
 ])
 def test_errors(backbone, stages, error, match):
     with pytest.raises(error, match=match):
-        find_stages(backbone(), stages)
+        find_places(backbone(), stages)
 
 
 def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -162,7 +162,7 @@ def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     ([conv(3, 4, 2)], [('0', 4, 2)]),
 ])
 def test_a_plain_stack_of_layers(layers, ends):
-    stages, remarks, _ = find_stages(nn.Sequential(*layers))
+    stages, remarks, _ = find_places(nn.Sequential(*layers))
     assert [(s.path, s.channels, s.stride) for s in stages] == ends
     assert not remarks
 
@@ -173,15 +173,15 @@ def test_a_row_of_containers_is_cut_into_four():
     backbone = nn.Sequential()
     backbone.add_module('stem', conv(3, 4, 8))
     backbone.add_module('row', nn.Sequential(*row))
-    stages, *_ = find_stages(backbone)
+    stages, *_ = find_places(backbone)
     assert [s.path for s in stages] == ['row.1', 'row.2', 'row.4', 'row']
     backbone.out_indices = (1, 3, 5)
-    stages, *_ = find_stages(backbone)
+    stages, *_ = find_places(backbone)
     assert [s.path for s in stages] == ['row.1', 'row.3', 'row']
 
 
 def test_a_backbone_for_grey_images():
-    stages, *_ = find_stages(nn.Sequential(conv(1, 4, 2), nn.ReLU(), conv(4, 8, 2)))
+    stages, *_ = find_places(nn.Sequential(conv(1, 4, 2), nn.ReLU(), conv(4, 8, 2)))
     assert [(s.channels, s.stride) for s in stages] == [(4, 2), (8, 4)]
 
 
@@ -191,8 +191,8 @@ def test_no_stage_lists_candidates():
     backbone.add_module('stem', conv(3, 4, 2))
     backbone.add_module('pool', nn.MaxPool2d(2))
     with pytest.raises(StageError, match='modules that return feature maps: pool, stem'):
-        find_stages(backbone)
-    stages, *_ = find_stages(backbone, ['stem', 'pool'])
+        find_places(backbone)
+    stages, *_ = find_places(backbone, ['stem', 'pool'])
     assert [(s.channels, s.stride) for s in stages] == [(4, 2), (4, 4)]
 
 
@@ -220,7 +220,7 @@ def test_the_last_prompt_of_a_vit_acts_where_its_pixels_are_returned(out_type, p
 
 def test_serial_where_no_output_depends_on_the_last_prompt():
     with pytest.raises(ValueError, match=r"last_stage='serial' .* no output of VisionTransformer "
-                       r"depends on it \(layers.3 \(48 channels\).*backbone.out_type"):
+                       r"depends on it \(no prompt at layers.3 \(48 channels\).*backbone.out_type"):
         build(dict(type='mmprotune.PromptedBackbone', freeze='all', last_stage='serial',
                    backbone=dict(CLS_TOKEN_VIT, out_type='cls_token')))
 

@@ -373,8 +373,8 @@ def test_what_the_file_left_is_logged(prompted_cfg, caplog, monkeypatch):
     prompted_cfg['backbone']['out_indices'] = (0, 1)
     model = build(prompted_cfg)
     assert len(model.prompts) == 2
-    assert [level for level, _ in lines] == [logging.WARNING] * 2
-    assert 'layer3 (32 channels) gets no prompt' in lines[0][1]
+    assert [level for level, _ in lines] == [logging.WARNING]
+    assert 'no prompt at layer3 (32 channels), layer4 (64 channels)' in lines[0][1]
 
 
 @pytest.mark.parametrize('cfg, more', [
