@@ -2,9 +2,9 @@
 
 Each method gets its own learning rate first, from a sweep that is scored on a part of the training
 set that is held out (--holdout); then every seed trains on the whole training set and is scored on
-the config's validation set, which never chooses a rate. Each run is the ordinary one of MMEngine, in
-a process of its own. A command that was cut off goes on where it was; what failed is tried again.
-OUT gets methods.md (a table), methods.json, methods.png, and cells.jsonl, one line a run.
+the config's validation set, which never chooses a rate. Each run is the ordinary one of MMEngine,
+in a process of its own. A command that was cut off goes on where it was; what failed is tried
+again. OUT gets methods.md (a table), methods.json, methods.png, and cells.jsonl, one line a run.
 """
 from __future__ import annotations
 
@@ -168,7 +168,8 @@ def text_of(value: object) -> str:
 
 
 def digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def use_no_workers(cfg: Config, args: argparse.Namespace) -> None:

@@ -26,10 +26,10 @@ def rows_of(methods: Sequence[str], results: dict[Cell, dict], metric: str) -> l
         metric (str): The metric.
 
     Returns:
-        list[dict]: ``method``; ``scores`` of the final runs by seed, their ``mean`` and ``sd`` (None
-        of one run); ``failed``, runs that failed; ``lr``, the rate that the sweep chose; ``sweep``,
-        mean score on the held-out images by rate (None where a run failed); ``edge``; ``error``;
-        and the costs.
+        list[dict]: ``method``; ``scores`` of the final runs by seed, their ``mean`` and ``sd``
+        (None of one run); ``failed``, how many failed; ``lr``, the rate that the sweep chose;
+        ``sweep``, mean score on the held-out images by rate (None where a run failed); ``edge``;
+        ``error``; and the costs.
     """
     return [_row(method, results, metric) for method in methods]
 
@@ -83,8 +83,8 @@ def table(rows: Sequence[dict], metric: str, about: dict) -> str:
         f'# Methods on {about["config"]}', '',
         f'`{metric}` on the validation set, mean and standard deviation over seeds. '
         + (f'Rates were chosen on {about["held_out"]} of the '
-           f'{about["held_out"] + about["trained"]} training images, which were held out meanwhile; '
-           'the runs in this table trained on all of them.' if about.get('held_out') else
+           f'{about["held_out"] + about["trained"]} training images, held out meanwhile; the runs '
+           'in this table trained on all of them.' if about.get('held_out') else
            'One rate was given, so none was chosen.'), '',
         f'| method | {metric} | seeds | rate | trained in the backbone | trained | kept for the '
         'backward pass, MiB | weights saved, MB |', '|---|---|---|---|---|---|---|---|']
@@ -97,8 +97,8 @@ def table(rows: Sequence[dict], metric: str, about: dict) -> str:
     remarks = []
     for row in rows:
         if row['edge']:
-            remarks.append(f'{row["method"]}: its best rate {row["lr"]:g} is the {row["edge"]} that '
-                           'was tried; a better one may lie beyond.')
+            remarks.append(f'{row["method"]}: its best rate {row["lr"]:g} is the {row["edge"]} '
+                           'that was tried; a better one may lie beyond.')
         if row['failed']:
             remarks.append(f'{row["method"]}: {row["failed"]} final runs failed and are left out.')
         if row['error']:

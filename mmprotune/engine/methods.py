@@ -111,9 +111,9 @@ def apply_method(cfg: Config, method: Method) -> Config:
             options['trainable'] = [*options.get('trainable', ()), *map(re.escape, names)]
         return protune(cfg, **options)
     if cfg.get('load_from'):
-        raise LaunchError(f'{method.name}: load_from={cfg.load_from!r} is a checkpoint of the model '
-                          f'without {type_name(kind)}, whose names do not fit; name the file in '
-                          "the backbone's init_cfg")
+        raise LaunchError(f'{method.name}: load_from={cfg.load_from!r} is a checkpoint of the '
+                          f'model without {type_name(kind)}, whose names do not fit; name the '
+                          "file in the backbone's init_cfg")
     if type_name(kind) == 'LoRAModel':
         _check_targets(_bare_backbone(cfg), options.get('targets') or (), method.name)
     hooks = cfg.get('custom_hooks')
