@@ -1,0 +1,2 @@
+# Full fine-tuning: the config as it is.
+backbone = None

@@ -1,0 +1,2 @@
+# Pro-tuning as its paper draws it: a prompt at the end of each stage.
+backbone = dict(type='mmprotune.PromptedBackbone', prompt=dict(type='mmprotune.PromptBlock'))

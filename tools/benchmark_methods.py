@@ -1,0 +1,227 @@
+"""Compares ways to fine-tune a config's backbone: full, head only, prompts of several kinds, peers.
+
+Each method gets its own learning rate first, from a sweep that is scored on a part of the training
+set that is held out (--holdout); then every seed trains on the whole training set and is scored on
+the config's validation set, which never chooses a rate. Each run is the ordinary one of MMEngine,
+in a process of its own. A command that was cut off goes on where it was; what failed is tried
+again. OUT gets methods.md (a table), methods.json, methods.png, and cells.jsonl, one line a run.
+"""
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+
+from mmprotune.config_nodes import find_backbones, nodes_in, type_name
+from mmprotune.engine import cli, comparison, comparison_report
+from mmprotune.engine.comparison import Plan, Results
+from mmprotune.engine.holdout import Split, make_split
+from mmprotune.engine.methods import Method, read_method
+from mmprotune.errors import LaunchError, listed
+
+METHODS = Path(__file__).resolve().parents[1] / 'configs' / 'methods'
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_config_arguments(parser)
+    known = ', '.join(sorted(path.stem for path in METHODS.glob('*.py')))
+    parser.add_argument('--methods', nargs='+', required=True, metavar='METHOD',
+                        help=f'{known}, or the path of a file like those in configs/methods')
+    parser.add_argument('--lrs', nargs='+', type=float, required=True, metavar='LR',
+                        help='learning rates to choose from; of one, no sweep is made')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the final runs')
+    parser.add_argument('--sweep-seeds', nargs='+', type=int, default=[0], help='of the sweep')
+    parser.add_argument('--metric', required=True,
+                        help='what decides about rates, the larger the better: mIoU, '
+                        'coco/bbox_mAP, accuracy/top1, …')
+    parser.add_argument('--out', type=Path, required=True, metavar='OUT')
+    parser.add_argument('--holdout', type=float, default=0.2, metavar='SHARE',
+                        help='part of the training images to score rates on (default: %(default)s)')
+    parser.add_argument('--jobs', type=int,
+                        help='runs at a time (default: one on a CPU, one on each GPU)')
+    parser.add_argument('--threads', type=int, default=1,
+                        help='of a run on a CPU (default: %(default)s)')
+    parser.add_argument('--report', action='store_true',
+                        help='run nothing; write table and picture of what there is')
+    args = parser.parse_args(argv)
+    for option in ('methods', 'lrs', 'seeds', 'sweep_seeds'):
+        values = getattr(args, option)
+        if len(set(values)) < len(values):
+            parser.error(f'--{option.replace("_", "-")}: a value is there twice: '
+                         f'{" ".join(map(str, values))}')
+    if any(not math.isfinite(lr) or lr <= 0 for lr in args.lrs):
+        parser.error(f'--lrs must be positive numbers, got {args.lrs}')
+    if not 0 < args.holdout < 1:
+        parser.error(f'--holdout must be between 0 and 1, got {args.holdout:g}')
+    for option in ('jobs', 'threads'):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            parser.error(f'--{option} must be at least 1, got {value}')
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compares.
+
+    Args:
+        argv (Sequence[str], optional): Arguments; None means the command line's.
+    """
+    args = parse_args(argv)
+    methods = [read_method(name, METHODS) for name in args.methods]
+    names = [method.name for method in methods]
+    if len(set(names)) < len(names):
+        raise LaunchError(f'--methods: two have the same name: {", ".join(names)}')
+    cfg = cli.read_config(args)
+    check_config(cfg)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / 'lock', 'w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LaunchError(f'--out: another command is at work in {args.out}') from None
+        check_run(cfg, args, methods)
+        split = None
+        if len(args.lrs) > 1:
+            split = make_split(cfg, args.holdout, args.out)
+            if split.alone:
+                print(f'one image alone shows {listed(split.alone)}, so that the held-out images '
+                      'or the others lack it')
+        use_no_workers(cfg, args)
+        plan = Plan(methods, sorted(args.lrs), args.seeds, args.sweep_seeds, args.metric)
+        results = Results(args.out / 'cells.jsonl')
+        if not args.report:
+            run(cfg, plan, split, results, args)
+        about = comparison_report.describe(
+            args.config, json.loads((args.out / 'run.json').read_text()),
+            *(len(split.held), len(split.train)) if split else (0, 0))
+        print(comparison_report.write(names, results.known, args.metric, about, args.out))
+        print(f'written to {args.out / "methods"}.md, .json, .png')
+
+
+def check_config(cfg: Config) -> None:
+    """Raises :class:`LaunchError` for a config that cannot be compared."""
+    for key in ('model', 'train_dataloader', 'train_cfg', 'val_dataloader', 'val_evaluator'):
+        if not cfg.get(key):
+            raise LaunchError(f'config: no {key}, which a comparison needs: it trains, and scores '
+                              'on the validation set')
+    if not ((cfg.get('optim_wrapper') or {}).get('optimizer') or {}).get('lr'):
+        raise LaunchError('config: no optim_wrapper.optimizer.lr, which --lrs would set')
+    backbones = find_backbones(cfg.model)
+    if len(backbones) != 1:
+        raise LaunchError(f'config: the model must have one backbone, got {len(backbones)}')
+    path, around = backbones[0]
+    if type_name(around[-1]['backbone']) == 'PromptedBackbone':
+        raise LaunchError(f'config: model.{path} is a PromptedBackbone already; name the config of '
+                          'full fine-tuning, which the methods wrap')
+
+
+def check_run(cfg: Config, args: argparse.Namespace, methods: Sequence[Method]) -> None:
+    """Writes ``run.json``, or holds what is there against this command.
+
+    Raises:
+        LaunchError: The runs in the folder are of another comparison.
+    """
+    file = args.out / 'run.json'
+    now = dict(config=args.config, holdout=args.holdout, flat=flat(cfg.to_dict()),
+               methods={method.name: digest(method.content()) for method in methods})
+    if file.is_file():
+        then = json.loads(file.read_text(encoding='utf-8'))
+        keys = sorted(then['flat'].items() ^ now['flat'].items())
+        changed = list(dict.fromkeys(key for key, _ in keys))
+        if then['holdout'] != now['holdout']:
+            changed.insert(0, '--holdout')
+        changed += [f'configs/methods, {name}' for name, one in now['methods'].items()
+                    if then['methods'].get(name, one) != one]
+        if changed:
+            told = listed(f'{key} ({then["flat"].get(key)}, now {now["flat"].get(key)})'
+                          if key in then['flat'] or key in now['flat'] else key
+                          for key in changed)
+            raise LaunchError(f'--out: {args.out} holds another comparison, which differs in {told}'
+                              '; name another folder')
+        now['methods'] = {**then['methods'], **now['methods']}
+    part = file.with_suffix('.part')
+    part.write_text(json.dumps(now, indent=1), encoding='utf-8')
+    part.replace(file)
+
+
+def flat(node: object) -> dict[str, str]:
+    """A config as one text a key, for comparing and for messages."""
+    found = {}
+    for path, one in nodes_in(node):
+        for key, value in one.items():
+            if not isinstance(value, dict):
+                found[f'{path}.{key}' if path else str(key)] = text_of(value)
+    return found
+
+
+def text_of(value: object) -> str:
+    return json.dumps(value, default=lambda one: getattr(one, '__qualname__', type(one).__name__))
+
+
+def digest(content: dict) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def use_no_workers(cfg: Config, args: argparse.Namespace) -> None:
+    """Lets runs on a CPU load their images themselves, where --cfg-options do not say otherwise."""
+    if comparison.devices():
+        return
+    for key in ('train_dataloader', 'val_dataloader'):
+        if f'{key}.num_workers' not in (args.cfg_options or {}):
+            cfg[key].update(num_workers=0, persistent_workers=False)
+            cfg[key].pop('prefetch_factor', None)
+
+
+def run(cfg: Config, plan: Plan, split: Split | None, results: Results,
+        args: argparse.Namespace) -> None:
+    """Runs what is not known yet.
+
+    Raises:
+        LaunchError: No run reports the metric.
+    """
+    results.forget_failures()
+    jobs = args.jobs or len(comparison.devices()) or 1
+    done = sum(cell in results.known for cell in comparison.due(plan, results.known))
+    if done:
+        print(f'{done} runs are in {results.file} already', flush=True)
+    for cell, result in results.known.items():
+        check_metric(cell, result, plan.metric)
+    for cell, result, left in comparison.run_all(
+            cfg, plan, split, results, args.out / 'logs', jobs, args.threads):
+        seconds = comparison.time_to_go(plan, results.known, left, jobs)
+        told = result['error'] or (
+            f'{plan.metric} {result["metrics"].get(plan.metric, math.nan):.4g}'
+            if cell.phase != 'cost' else f'{result["metrics"]["trained_backbone"]:,.0f} parameters '
+            'train in the backbone')
+        print(f'[{left} to go, {duration(seconds)}] {cell.name}: {told} '
+              f'({result["seconds"]:.0f} s)', flush=True)
+        check_metric(cell, result, plan.metric)
+
+
+def check_metric(cell: comparison.Cell, result: dict, metric: str) -> None:
+    """Raises :class:`LaunchError` where a run was scored, but not by the metric."""
+    if cell.phase != 'cost' and not result['error'] and metric not in result['metrics']:
+        raise LaunchError(f'--metric: {metric!r} is not reported; val_evaluator reports '
+                          f'{", ".join(result["metrics"]) or "nothing"}')
+
+
+def duration(seconds: float) -> str:
+    """Hours and minutes as text."""
+    if math.isnan(seconds):
+        return 'time not known yet'
+    minutes = math.ceil(seconds / 60)
+    return f'{minutes // 60} h {minutes % 60} min' if minutes >= 60 else f'{minutes} min'
+
+
+if __name__ == '__main__':
+    sys.exit(cli.run_tool(main))
