@@ -15,7 +15,7 @@ from torch import nn
 from mmprotune.config_nodes import find_backbones, type_name, without_pretrained
 from mmprotune.engine.config import protune
 from mmprotune.errors import LaunchError, listed
-from mmprotune.models.insertion import find_stages
+from mmprotune.models.insertion import find_places
 
 KEYS = ('backbone', 'inner', 'trains', 'lr_scale')
 PARTS = ('norms', 'biases', 'last_stage')
@@ -158,7 +158,7 @@ def parts_of(backbone: nn.Module, part: str, method: str) -> list[str]:
 
 def _last_stage(backbone: nn.Module, method: str) -> list[str]:
     """Parameters of what comes behind the last stage end but one."""
-    ends = list(dict.fromkeys(stage.path for stage in find_stages(backbone, 'auto')[0]))
+    ends = list(dict.fromkeys(stage.path for stage in find_places(backbone, 'auto')[0]))
     if len(ends) < 2:
         raise LaunchError(f'{method}: {type(backbone).__name__} has one stage, {ends[0]}, which is '
                           'all of it')
