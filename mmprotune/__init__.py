@@ -24,12 +24,21 @@ from .errors import (  # noqa: E402
     RanksDisagree,
 )
 from .freezing import FrozenSnapshot, audit  # noqa: E402
-from .models import PromptBlock, PromptedBackbone  # noqa: E402
+from .models import (  # noqa: E402
+    AdaptFormerPrompt,
+    AffinePrompt,
+    ConvAdapterPrompt,
+    LinearAdapterPrompt,
+    MonaPrompt,
+    PromptBlock,
+    PromptedBackbone,
+)
 
 checkpoint.register()
 
 __all__ = [
-    'FreezeGuardHook', 'FrozenSnapshot', 'FrozenTensorsChanged', 'MMProtuneError', 'NonFiniteError',
+    'AdaptFormerPrompt', 'AffinePrompt', 'ConvAdapterPrompt', 'FreezeGuardHook', 'FrozenSnapshot',
+    'FrozenTensorsChanged', 'LinearAdapterPrompt', 'MMProtuneError', 'MonaPrompt', 'NonFiniteError',
     'NonFiniteGuardHook', 'PromptBlock', 'PromptCheckpointHook', 'PromptStatsHook',
     'PromptedBackbone', 'RanksDisagree', '__version__', 'audit', 'checkpoint', 'prompt_parameters',
     'protune'

@@ -79,6 +79,8 @@ def wake(module, seed: int = 0) -> None:
         for name, parameter in module.named_parameters():
             if '.expand.weight' in name or name == 'expand.weight':
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            elif 'prompts.' in name and name.endswith('.gamma'):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + 1)
 
 
 def autocast(dtype: torch.dtype):

@@ -13,6 +13,7 @@ from torch import nn
 
 from mmprotune import FrozenSnapshot, FrozenTensorsChanged, PromptedBackbone, audit
 from mmprotune.checkpoint import FingerprintMismatch
+from mmprotune.lean.convert import restore
 from mmprotune.lean.dry_run import tensors_in
 from mmprotune.registry import MODELS
 from tests.conftest import RESNET18, wake
@@ -30,10 +31,15 @@ BACKBONES = dict(
                    out_indices=(0, 1, 2, 3), gap_before_final_norm=False), (75, 110), r'norm3\..*'),
     hrnet=(HRNET, (64, 96), r'stage4\.0\.fuse_layers\.0\..*'))
 BLOCKS = dict(
-    default=dict(),
-    figure=dict(reduction=1, act_cfg=None),
-    norm=dict(norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU')),
-    scale=dict(scale=0.5, groups=1, kernel_size=3))
+    default=dict(type='mmprotune.PromptBlock'),
+    figure=dict(type='mmprotune.PromptBlock', reduction=1, act_cfg=None),
+    norm=dict(type='mmprotune.PromptBlock', norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU')),
+    scale=dict(type='mmprotune.PromptBlock', scale=0.5, groups=1, kernel_size=3),
+    mona=dict(type='mmprotune.MonaPrompt', hidden=16),
+    conv_adapter=dict(type='mmprotune.ConvAdapterPrompt', reduction=2, act_cfg=dict(type='GELU')),
+    adaptformer=dict(type='mmprotune.AdaptFormerPrompt', hidden=16),
+    linear_adapter=dict(type='mmprotune.LinearAdapterPrompt'),
+    affine=dict(type='mmprotune.AffinePrompt'))
 
 
 @functools.cache
@@ -54,8 +60,7 @@ def stock(name: str, seed: int) -> nn.Module:
 def built(name: str, block: str, weights: int, seed: int) -> PromptedBackbone:
     net = copy.deepcopy(stock(name, weights))
     torch.manual_seed(seed)
-    return PromptedBackbone(net, dict(type='mmprotune.PromptBlock', **BLOCKS[block]),
-                            trainable=[BACKBONES[name][2]])
+    return PromptedBackbone(net, BLOCKS[block], trainable=[BACKBONES[name][2]])
 
 
 def prompted(name: str, block: str, weights: int = 0, seed: int = 0) -> PromptedBackbone:
@@ -118,8 +123,8 @@ def gradients_reach_what_is_declared(name, block):
     names = dict(model.backbone.named_parameters())
     assert 0 < len(others) < len(names) / 2
     assert others == {f'backbone.{n}' for n in names if n not in model.frozen_names}
-    for path, prompt in model.prompts.items():
-        assert prompt.reduce.weight.grad.any() and prompt.expand.weight.grad.any(), path
+    for path, prompt in model.prompts.named_parameters():
+        assert prompt.grad.any() or path.endswith('bias'), path
 
 
 def nothing_frozen_moves(name, block):
@@ -164,9 +169,32 @@ def another_backbone_is_refused(name, block):
     prompted(name, block).load_state_dict(state)  # and taken by the right one
 
 
+def lean_gradients_are_the_ordinary_ones(name, block):
+    model = prompted(name, block).double().train()
+    wake(model)
+    naive, x = copy.deepcopy(model), images(name).double()
+    restore(naive)
+    # What has no narrow place, or keeps statistics, stays an ordinary block.
+    lean = {m.__dict__['lean'].saves for m in model.prompts.values() if 'lean' in m.__dict__}
+    assert lean == (set() if block in ('norm', 'affine') else {'output'})
+    assert model.lean_report.covered and not any(
+        'lean' in m.__dict__ for m in naive.modules() if m is not naive)
+    found = []
+    for m in (model, naive):
+        torch.manual_seed(3)  # of the blocks' dropout
+        step(m, x)
+        found.append({n: p.grad for n, p in m.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 2 * len(model.prompts)
+    largest = max(gradient.norm() for gradient in found[1].values())
+    assert largest > 0
+    for n, gradient in found[1].items():
+        assert (found[0][n] - gradient).norm() <= 1e-8 * gradient.norm() + 1e-13 * largest, n
+
+
 @pytest.mark.parametrize('contract', [
     starts_as_the_frozen_backbone, gradients_reach_what_is_declared, nothing_frozen_moves,
-    a_slim_file_is_the_model, another_backbone_is_refused], ids=lambda c: c.__name__)
+    a_slim_file_is_the_model, another_backbone_is_refused, lean_gradients_are_the_ordinary_ones],
+    ids=lambda c: c.__name__)
 @pytest.mark.parametrize('block', BLOCKS)
 @pytest.mark.parametrize('name', BACKBONES)
 def test_contract(name, block, contract):

@@ -2,19 +2,20 @@
 
 A block takes part that has the two halves of its ``forward``, methods ``down``, from a feature map
 to a narrow hidden one, and ``up``, from that to the prompt: ``forward(x)`` is ``up(down(x))``. It
-trains as before. What hooks on it or in it see is computed once, so that a block with hooks is an
-ordinary one; so is a block with dropout or with norms that keep statistics.
+trains as before, dropping out the same elements again. What hooks on it or in it see is computed
+once, so that a block with hooks is an ordinary one; so is one with norms that keep statistics.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from .dry_run import DryRun
 from .graph import FrozenLayerError, is_recorded
@@ -30,9 +31,9 @@ class PromptState:
 
     Attributes:
         saves (str): See ``prompts`` of :class:`~mmprotune.lean.options.LeanOptions`.
-        first (str): The name of the 1x1 convolution that is all of ``down``; empty for any other.
-        observer (Callable, optional): Takes the feature map and the prompted feature of each call
-            of :func:`add_prompt` during a dry run.
+        first (str): The name of the convolution that is all of ``down``; empty for any other.
+        observer (Callable, optional): Takes the prompted feature of each call of
+            :func:`add_prompt` during a dry run.
     """
     __slots__ = ('saves', 'first', 'observer')
 
@@ -43,30 +44,24 @@ class PromptState:
 def set_saved(prompts: nn.Module, saves: str, dry_run: DryRun) -> None:
     """Sets what prompt blocks save.
 
-    'output' becomes 'bottleneck' for blocks whose ``down`` is more than a 1x1 convolution, and for
-    those whose prompted feature the network changes in place.
+    'output' becomes 'bottleneck' for blocks whose prompt is not added, and for those whose prompted
+    feature the network changes in place.
 
     Args:
         prompts (nn.Module): Holds the blocks.
         saves (str): See ``prompts`` of :class:`~mmprotune.lean.options.LeanOptions`.
         dry_run (DryRun): Runs the network with its prompts.
-
     """
     blocks = [block for block in prompts.modules() if _has_halves(block)]
     added: dict[nn.Module, list[tuple[Tensor, int]]] = {}
-
-    def observe(block: nn.Module, feature: Tensor, y: Tensor) -> None:
-        added.setdefault(block, []).append((y, y._version))
-        block.lean.first = _first_convolution(block, feature)
-
     for block in blocks:
         block.__dict__['lean'] = state = PromptState('bottleneck' if saves == 'output' else saves)
-        state.observer = partial(observe, block)
-    ran = saves == 'output' and dry_run.shape is not None and dry_run() is not None
+        state.observer = lambda y, block=block: added.setdefault(block, []).append((y, y._version))
+    ran = saves != 'input' and dry_run.shape is not None and dry_run() is not None
     for block in blocks:
         block.lean.observer = None
-        if ran and block.lean.first and all(
-                y._version == version for y, version in added.get(block, ())):
+        sums = added.get(block)
+        if saves == 'output' and ran and sums and all(y._version == v for y, v in sums):
             block.lean.saves = 'output'
 
 
@@ -77,13 +72,12 @@ def _has_halves(block: nn.Module) -> bool:
     # A subclass with a `forward` of its own computes something else than the halves it inherits.
     if None in owners or owners[0] < max(owners[1:]) or 'forward' in block.__dict__:
         return False
-    # Statistics of a norm must not be updated twice, random numbers not be drawn twice.
-    stateful = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
-    return not any(isinstance(m, stateful) for m in block.modules())
+    # Statistics of a norm must not be updated twice.
+    return not any(isinstance(m, nn.modules.batchnorm._NormBase) for m in block.modules())
 
 
 def _first_convolution(block: nn.Module, feature: Tensor) -> str:
-    """The name of the 1x1 convolution that is all of ``down``; empty where it is something else."""
+    """The name of the convolution that is all of ``down``; empty where it is something else."""
     called = []
     names = {m: name for name, m in block.named_modules() if m is not block}
     handles = [m.register_forward_hook(lambda m, args, y: called.append((m, args, y, y._version)))
@@ -97,10 +91,54 @@ def _first_convolution(block: nn.Module, feature: Tensor) -> str:
     if len(called) != 1:
         return ''
     conv, args, y, version = called[0]
-    plain = (type(conv) is nn.Conv2d and conv.kernel_size == conv.stride == (1, 1)
-             and conv.padding in ((0, 0), 'same', 'valid') and conv.groups == 1
+    plain = (type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and conv.padding != 'same'
              and args and args[0] is feature and y is hidden and y._version == version)
     return names[conv] if plain else ''
+
+
+# --- dropout ----------------------------------------------------------------------------------
+
+
+def _dropouts(block: nn.Module) -> list[nn.Module]:
+    return [m for m in block.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+
+
+def _drops(block: nn.Module) -> bool:
+    return any(m.training and m.p > 0 for m in _dropouts(block))
+
+
+def _as_now(block: nn.Module) -> nn.Module:
+    """The block as it is, also once its mode is another one."""
+    return stand_in(block, {}) if _dropouts(block) else block
+
+
+class _Draws:
+    """The random numbers that a block with dropout is about to draw; a call, as a context, has them
+    drawn again.
+
+    Args:
+        block (nn.Module): The block.
+        x (Tensor): What it is given, on the device that it draws on.
+    """
+
+    def __init__(self, block: nn.Module, x: Tensor) -> None:
+        self.state = None
+        if _drops(block):
+            self.state = torch.get_rng_state(), *get_device_states(x)
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self.state is None:
+            yield
+            return
+        state, devices, states = self.state
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(state)
+            set_device_states(devices, states)
+            yield
+
+
+# --- running a block --------------------------------------------------------------------------
 
 
 def _is_plain(block: nn.Module) -> bool:
@@ -122,19 +160,25 @@ def prompt_of(block: nn.Module, feature: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled() or _is_plain(block):
         return block(feature)
+    if block.lean.observer is not None:
+        block.lean.first = _first_convolution(block, feature)
     if block.lean.saves == 'input':
         return CountedAs(block, partial(_again, block, lambda b, x: b.up(b.down(x))))(feature)
-    return CountedAs(block, lambda x: _again(block, lambda b, h: b.up(h), block.down(x)))(feature)
+    # A convolution keeps its input only, which is all that could be kept.
+    down = block.down if block.lean.first else partial(_again, block, lambda b, x: b.down(x))
+    return CountedAs(block, lambda x: _again(block, lambda b, h: b.up(h), down(x)))(feature)
 
 
 def _again(block: nn.Module, method: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
     """Applies a method whose backward pass applies it again, with the parameters of now."""
     named = dict(block.named_parameters(remove_duplicate=False))
+    block = _as_now(block)
 
     def compute(x: Tensor, *parameters: Tensor) -> Tensor:
         return method(stand_in(block, dict(zip(named, parameters))), x)
 
-    return checkpoint(compute, x, *named.values(), use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(compute, x, *named.values(), use_reentrant=False,
+                      preserve_rng_state=_drops(block))
 
 
 def add_prompt(block: nn.Module,
@@ -162,17 +206,17 @@ def add_prompt(block: nn.Module,
         note(prompt, feature)
     y = x + from_map(prompt)
     if not _is_plain(block) and block.lean.observer is not None:
-        block.lean.observer(feature, y)
+        block.lean.observer(y)
     return y
 
 
 class _Addition:
-    r"""Computes :math:`\hat x = x + P(x)` where :math:`P` starts with a 1x1 convolution.
+    r"""Computes :math:`\hat x = x + P(x)`.
 
-    Keeps :math:`\hat x`, which the layers behind keep anyway, and the narrow output of that
-    convolution. The backward pass computes :math:`P(x)` again from the latter, and takes
-    :math:`x = \hat x - P(x)`, which is exact up to the rounding of the sum, for the gradient of the
-    convolution's weight.
+    Keeps :math:`\hat x`, which the layers behind keep anyway, and the narrow tensor. The backward
+    pass computes :math:`P(x)` again from the latter, and takes :math:`x = \hat x - P(x)`, which is
+    exact up to the rounding of the sum, for the gradients of ``down``: those of a convolution where
+    that is all of it, else by computing it again, too.
 
     Args:
         block, to_map, from_map, note: See :func:`add_prompt`.
@@ -181,30 +225,41 @@ class _Addition:
     def __init__(self, block: nn.Module, to_map: Callable[[Tensor], Tensor],
                  from_map: Callable[[Tensor], Tensor],
                  note: Callable[[Tensor, Tensor], None] | None) -> None:
-        self.block, self.to_map, self.from_map, self.note = block, to_map, from_map, note
-        first = f'{block.lean.first}.'
-        self.up_parameters = {n: p for n, p in block.named_parameters(remove_duplicate=False)
-                              if not n.startswith(first)}
+        self.block, self.to_map, self.from_map, self.note = _as_now(block), to_map, from_map, note
+        first = block.lean.first
+        self.conv = self.block.get_submodule(first) if first else None
+        self.parameters = {n: p for n, p in block.named_parameters(remove_duplicate=False)
+                           if not first or not n.startswith(f'{first}.')}
 
     def __call__(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return self.forward(x)[0]
-        conv = self.block.get_submodule(self.block.lean.first)
-        return _Add.apply(x, self, conv.weight, conv.bias, *self.up_parameters.values())
+        own = (None, None) if self.conv is None else (self.conv.weight, self.conv.bias)
+        return _Add.apply(x, self, *own, *self.parameters.values())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The prompted feature and the narrow tensor, without a graph."""
         feature = self.to_map(x)
+        self._down_draws = _Draws(self.block, feature)
         hidden = self.block.down(feature)
+        self._up_draws = _Draws(self.block, hidden)
         prompt = self.block.up(hidden)
         if self.note is not None:
             self.note(prompt, feature)
         return _combine(torch.add, x, self.from_map(prompt)), hidden
 
+    def down(self, feature: Tensor, parameters: list[Tensor]) -> Tensor:
+        """The narrow tensor once more, computed with other parameters."""
+        with self._down_draws():
+            return self._with(parameters).down(feature)
+
     def up(self, hidden: Tensor, parameters: list[Tensor]) -> Tensor:
-        """The prompt, in the layout of the feature, computed with other parameters."""
-        block = stand_in(self.block, dict(zip(self.up_parameters, parameters)))
-        return self.from_map(block.up(hidden))
+        """The prompt once more, in the layout of the feature, likewise."""
+        with self._up_draws():
+            return self.from_map(self._with(parameters).up(hidden))
+
+    def _with(self, parameters: list[Tensor]) -> nn.Module:
+        return stand_in(self.block, dict(zip(self.parameters, parameters)))
 
 
 def _combine(function: Callable, x: Tensor, prompt: Tensor) -> Tensor:
@@ -236,7 +291,7 @@ class _Add(Function):
                 "model.backbone.lean=dict(prompts='bottleneck'), which keeps the feature from "
                 f'before the prompt was added ({error})') from error
         addition = ctx.addition
-        wants_x, _, wants_weight, wants_bias, *wants = ctx.needs_input_grad
+        wants_x, _, _, _, *wants = ctx.needs_input_grad
         # Stand-ins: the parameters' own hooks run once, when autograd gets to the parameters, and
         # the values are those of the forward pass, whatever the block holds now.
         own = [p.detach().requires_grad_(wanted) for p, wanted in zip(parameters, wants)]
@@ -247,17 +302,41 @@ class _Add(Function):
             prompt = addition.up(hidden.view_as(hidden), own)
         inner, *found = torch.autograd.grad(
             prompt, (hidden, *trained), grad.to(prompt.dtype), allow_unused=True)
-        found = iter(found)
-        gradients = [next(found) if wanted else None for wanted in wants]
+        weight_grad = bias_grad = None
         with without_autocast(grad):
-            x = addition.to_map(_combine(torch.sub, y, prompt.detach())).to(inner.dtype)
-            outer, weight_grad, bias_grad = aten.convolution_backward(
-                inner, x, weight.to(inner.dtype), [weight.size(0)], [1, 1], [0, 0], [1, 1], False,
-                [0, 0], 1, [wants_x, wants_weight, wants_bias])
-            if wants_x:
+            x = addition.to_map(_combine(torch.sub, y, prompt.detach()))
+        if addition.conv is not None:
+            with without_autocast(grad):
+                outer, weight_grad, bias_grad = _convolution_backward(
+                    addition.conv, inner, x, weight, ctx.needs_input_grad)
+        else:
+            x = x.detach().requires_grad_()
+            with torch.enable_grad(), ctx.precision():
+                again = addition.down(x.view_as(x), own)
+            outer, *more = torch.autograd.grad(again, (x, *trained), inner, allow_unused=True)
+            found = [a if b is None else b if a is None else a + b for a, b in zip(found, more)]
+        if wants_x:
+            with without_autocast(grad):
                 outer = addition.from_map(outer).to(ctx.dtype) + grad.to(ctx.dtype)
-            if wants_weight:
-                weight_grad = weight_grad.to(weight.dtype)
-            if wants_bias:
-                bias_grad = bias_grad.to(weight.dtype)
-        return outer, None, weight_grad, bias_grad, *gradients
+        found = iter(found)
+        return (outer if wants_x else None, None, weight_grad, bias_grad,
+                *(next(found) if wanted else None for wanted in wants))
+
+
+def _convolution_backward(conv: nn.Conv2d, grad: Tensor, x: Tensor, weight: Tensor,
+                          wants: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of a convolution's input, weight and bias, those of the parameters in their dtype.
+
+    Args:
+        conv (nn.Conv2d): The convolution.
+        grad (Tensor): Gradient of its output.
+        x (Tensor): Its input.
+        weight (Tensor): Its weight, as it was.
+        wants (tuple[bool, ...]): Of input, anything, weight and bias.
+    """
+    wants_x, _, *wants_own = wants[:4]
+    padding = (0, 0) if isinstance(conv.padding, str) else conv.padding
+    outer, *own = aten.convolution_backward(
+        grad, x.to(grad.dtype), weight.to(grad.dtype), [weight.size(0)], conv.stride, padding,
+        conv.dilation, False, [0, 0], conv.groups, [wants_x, *wants_own])
+    return outer, *(g.to(weight.dtype) if wanted else None for g, wanted in zip(own, wants_own))

@@ -1,4 +1,14 @@
 from .prompted_backbone import PromptedBackbone
-from .prompts import PromptBlock
+from .prompts import (
+    AdaptFormerPrompt,
+    AffinePrompt,
+    ConvAdapterPrompt,
+    LinearAdapterPrompt,
+    MonaPrompt,
+    PromptBlock,
+)
 
-__all__ = ['PromptBlock', 'PromptedBackbone']
+__all__ = [
+    'AdaptFormerPrompt', 'AffinePrompt', 'ConvAdapterPrompt', 'LinearAdapterPrompt', 'MonaPrompt',
+    'PromptBlock', 'PromptedBackbone'
+]

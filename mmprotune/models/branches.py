@@ -16,6 +16,8 @@ from .trace import Graph, Trace
 
 # Nodes of multiplications by weights, as autograd names them.
 _WEIGHTED = ('Convolution', 'Conv', 'Addmm', 'Mm', 'Bmm', 'Linear', 'Matmul')
+# Nodes that take a part of a tensor: another part of it is no way around.
+_PARTS = ('Slice', 'Split', 'Select', 'Unbind', 'Narrow', 'Index')
 # Of the two sides of an addition, as bits.
 _FIRST, _SECOND = 1, 2
 
@@ -99,13 +101,14 @@ def _branch(graph: Graph, operands: list[tuple[object, int]]) -> _Branch | None:
                     reach(below, output, one)
     if len(heap) != 1 or sides[heap[0][-1]] != _FIRST | _SECOND:
         return None
-    # Of a split tensor, another part is no way around.
     entries = entered[heap[0][-1]]
     if {o for s, o in entries if s == _FIRST}.isdisjoint(o for s, o in entries if s == _SECOND):
         return None
     skip, branch = sorted((_FIRST, _SECOND), key=lambda side: (weights[side], len(nodes[side])))
     if weights[skip] > 1 or not nodes[branch] or (
             weights[skip] == weights[branch] and nodes[skip]):
+        return None
+    if any(node.name().startswith(_PARTS) for node in nodes[skip]):
         return None
     return _Branch(nodes[branch], cuts[branch])
 

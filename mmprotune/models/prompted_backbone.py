@@ -188,13 +188,18 @@ class PromptedBackbone(BaseModule):
         modules = dict(self.backbone.named_modules())
         for stage in found:
             cfg = dict(prompt, channels=stage.channels)
-            if self.last_stage == 'serial' and stage.path == last:
+            serial = self.last_stage == 'serial' and stage.path == last
+            if serial:
                 if cfg.get('zero_init') or cfg.get('scale') == 0:
                     raise ValueError("last_stage='serial' passes on the last prompt alone: "
                                      'prompt.zero_init=True or prompt.scale=0 would kill the '
                                      'features; leave both unset')
                 cfg['zero_init'] = False
             block = MODELS.build(cfg)
+            if serial and not getattr(block, 'stands_alone', True):
+                raise ValueError("last_stage='serial' passes on the last prompt alone, but that of "
+                                 f'{type(block).__name__} is only a change of the feature; use '
+                                 "last_stage='residual' or another prompt.type")
             self.prompts[stage.name] = block
             self.stages.append(stage)
             self._handles.append(

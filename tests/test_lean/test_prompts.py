@@ -45,6 +45,7 @@ def images(seed=0, dtype=torch.float32):
 
 def gradients(model, x):
     model.zero_grad()
+    torch.manual_seed(4)
     outputs = model(x)
     sum((o.sin() * (i + 1)).sum() for i, o in enumerate(outputs)).backward()
     return ([o.detach() for o in outputs],
@@ -394,6 +395,41 @@ class WideDown(Halves):
 
 
 @MODELS.register_module()
+class GroupedDown(Halves):
+    """Stride and dilation, too; the upper half makes up for them."""
+
+    def __init__(self, channels, zero_init=False):
+        super().__init__(channels)
+        self.first = nn.Conv2d(channels, 4, 3, 2, padding=2, dilation=2, groups=4)
+
+    def up(self, hidden):
+        return super().up(nn.functional.interpolate(hidden, scale_factor=2))
+
+
+@MODELS.register_module()
+class PaddedDown(Halves):
+
+    def __init__(self, channels, zero_init=False):
+        super().__init__(channels)
+        self.first = nn.Conv2d(channels, 4, 3, padding=1, padding_mode='reflect')
+
+
+@MODELS.register_module()
+class SharedHalves(Halves):
+    """Both use the same bias."""
+
+    def __init__(self, channels, zero_init=False):
+        super().__init__(channels)
+        self.bias = nn.Parameter(torch.zeros(4, 1, 1))
+
+    def down(self, x):
+        return self.first(x).tanh() + self.bias
+
+    def up(self, hidden):
+        return super().up(hidden + self.bias * hidden)
+
+
+@MODELS.register_module()
 class NormedDown(Halves):
 
     def __init__(self, channels, zero_init=False):
@@ -424,14 +460,41 @@ class HalvesThatAreLayers(nn.Module):
 @MODELS.register_module()
 class Drops(Halves):
 
+    """In both halves."""
+
     def __init__(self, channels, zero_init=False):
         super().__init__(channels)
-        self.drop = nn.Dropout(0.)
+        self.drop = nn.Dropout2d(0.3)
+
+    def down(self, x):
+        return self.drop(self.first(x))
+
+    def up(self, hidden):
+        return self.last(self.drop(hidden.tanh() * hidden))
 
 
-BLOCKS = dict(OneConvolution='output', ActiveDown='bottleneck', InPlaceDown='bottleneck',
-              WideDown='bottleneck', NormedDown='bottleneck', OwnForward=None,
-              HalvesThatAreLayers=None, Drops=None)
+@MODELS.register_module()
+class DropsAbove(Drops):
+    """In the upper half; the lower one is a convolution."""
+
+    def down(self, x):
+        return self.first(x)
+
+
+@MODELS.register_module()
+class KeepsStatistics(Halves):
+
+    def __init__(self, channels, zero_init=False):
+        super().__init__(channels)
+        self.first = nn.Sequential(nn.Conv2d(channels, 4, 1, bias=False), nn.BatchNorm2d(4))
+
+
+BLOCKS = dict(OneConvolution='output', ActiveDown='output', InPlaceDown='output',
+              WideDown='output', GroupedDown='output', PaddedDown='output', NormedDown='output',
+              SharedHalves='output', OwnForward=None, HalvesThatAreLayers=None, Drops='output',
+              DropsAbove='output', KeepsStatistics=None)
+# Those whose lower half is a convolution, whose gradients are taken as they are.
+CONVOLUTIONS = ('OneConvolution', 'WideDown', 'GroupedDown', 'DropsAbove')
 
 
 def of_type(name, **kwargs):
@@ -450,6 +513,8 @@ def test_blocks_of_other_types(name, last_stage):
     if last_stage == 'serial' and BLOCKS[name] == 'output':  # whose last prompt is not added
         assert saves.pop() == 'bottleneck'
     assert set(saves) == {BLOCKS[name]}
+    if BLOCKS[name] and last_stage == 'residual':
+        assert all(bool(b.lean.first) == (name in CONVOLUTIONS) for b in model.prompts.values())
     x = images(dtype=torch.float64)
     (outputs, found), (expected, exact) = gradients(model, x), gradients(ordinary(model), x)
     assert all((a - b).norm() <= 1e-10 * b.norm() for a, b in zip(outputs, expected))
@@ -468,9 +533,10 @@ def kept_by(model):
             sum(n for path, n in found.items() if not path.startswith('prompts')))
 
 
-@pytest.mark.parametrize('name', ['OneConvolution', 'ActiveDown'])
-def test_blocks_of_other_types_keep_less_and_it_counts_as_theirs(name):
-    model = of_type(name)
+@pytest.mark.parametrize('name', ['OneConvolution', 'ActiveDown', 'NormedDown', 'Drops'])
+@pytest.mark.parametrize('prompts', ['output', 'bottleneck'])
+def test_blocks_of_other_types_keep_less_and_it_counts_as_theirs(name, prompts):
+    model = of_type(name, lean=dict(prompts=prompts))
     (prompts, rest), (of_ordinary, rest_of_ordinary) = kept_by(model), kept_by(
         of_type(name, lean=dict(prompts=False)))
     features = 8 * 2 * sum(block.last.out_channels * (16 // 2**i)**2
@@ -479,3 +545,35 @@ def test_blocks_of_other_types_keep_less_and_it_counts_as_theirs(name):
     assert prompts == features + hidden
     assert prompts < of_ordinary
     assert rest <= rest_of_ordinary
+
+
+@pytest.mark.parametrize('name', ['Drops', 'DropsAbove'])
+@forms
+def test_dropout_drops_the_same_again(name, lean):
+    """And the backward pass leaves the generator as it was, and the mode of the forward counts."""
+    model = of_type(name, lean=lean)
+    assert model.prompts['stage1'].drop.training
+    x = images(dtype=torch.float64)
+    exact = gradients(ordinary(model), x)[1]
+    for mode in (True, False):
+        model.train().zero_grad()
+        torch.manual_seed(4)
+        loss = sum((o.sin() * (i + 1)).sum() for i, o in enumerate(model(x)))
+        model.train(mode)
+        torch.manual_seed(5)  # so that nothing else makes the draws the same
+        state = torch.get_rng_state()
+        loss.backward()
+        assert torch.equal(torch.get_rng_state(), state)
+        for n, p in model.named_parameters():
+            if p.requires_grad:
+                assert exact[n].norm() > 0 and (p.grad - exact[n]).norm() <= 1e-9 * exact[n].norm()
+    torch.manual_seed(6)
+    others = [o.detach() for o in model.train()(x)]
+    assert not torch.allclose(others[0], model(x)[0])  # it does drop
+
+
+def test_a_block_without_dropout_touches_no_generator(monkeypatch):
+    model = of_type('ActiveDown')
+    for name in ('get_rng_state', 'set_rng_state'):
+        monkeypatch.setattr(torch, name, lambda *args: pytest.fail('was called'))
+    sum(o.sum() for o in model(images(dtype=torch.float64))).backward()

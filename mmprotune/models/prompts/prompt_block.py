@@ -6,12 +6,19 @@ Figure 2: 1x1 convolution -> 5x5 convolution -> 1x1 convolution; its output is t
 from __future__ import annotations
 
 import torch
-from mmengine.registry import MODELS as ROOT_MODELS
 from torch import Tensor, nn
 
 from mmprotune.registry import MODELS
 
-from .base import BasePrompt
+from .base import (
+    BasePrompt,
+    build_act,
+    build_norm,
+    check_count,
+    check_kernel_size,
+    check_number,
+    hidden_of,
+)
 
 
 @MODELS.register_module()
@@ -61,24 +68,16 @@ class PromptBlock(BasePrompt):
                  zero_init: bool = True,
                  init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg=init_cfg)
-        for name, value in (('channels', channels), ('kernel_size', kernel_size)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f'prompt.{name} must be an int, got {value!r}')
-            if value < 1:
-                raise ValueError(f'prompt.{name} must be at least 1, got {value}')
-        if kernel_size % 2 == 0:
-            raise ValueError(f'prompt.kernel_size must be odd, got {kernel_size}')
-        if not isinstance(reduction, (int, float)) or isinstance(reduction, bool):
-            raise TypeError(f'prompt.reduction must be a number, got {reduction!r}')
-        hidden = int(channels // reduction) if reduction > 0 else 0
-        if hidden < 1:
-            raise ValueError(f'prompt.reduction={reduction} leaves no hidden channels: '
-                             f'expected 0 < reduction <= channels={channels}')
+        check_count('channels', channels)
+        check_kernel_size(kernel_size)
+        hidden = hidden_of(channels, reduction)
         groups = hidden if groups is None else groups
         if not isinstance(groups, int) or groups < 1 or hidden % groups:
             raise ValueError(f'prompt.groups must divide the {hidden} hidden channels '
                              f'(channels={channels}, reduction={reduction}), got {groups!r}')
-        if scale is not None and scale == 0 and zero_init:
+        if scale is not None:
+            check_number('scale', scale)
+        if scale == 0 and zero_init:
             raise ValueError('prompt.scale=0 with prompt.zero_init=True: neither would ever get a '
                              'gradient; set prompt.zero_init=False or another prompt.scale')
 
@@ -88,8 +87,8 @@ class PromptBlock(BasePrompt):
         self.reduce = nn.Conv2d(channels, hidden, 1)
         self.spatial = nn.Conv2d(
             hidden, hidden, kernel_size, padding=kernel_size // 2, groups=groups)
-        self.norm = _build_norm(norm_cfg, hidden)
-        self.act = _build_act(act_cfg)
+        self.norm = build_norm(norm_cfg, hidden)
+        self.act = build_act(act_cfg)
         self.expand = nn.Conv2d(hidden, channels, 1)
         self.scale = None if scale is None else nn.Parameter(torch.tensor(float(scale)))
         self.reset_parameters()
@@ -104,11 +103,6 @@ class PromptBlock(BasePrompt):
         if self.scale is not None:
             nn.init.constant_(self.scale, self.scale_init)
 
-    def init_weights(self) -> None:
-        """Draws the weights anew; ``init_cfg`` is applied on top."""
-        self.reset_parameters()
-        super().init_weights()
-
     def down(self, x: Tensor) -> Tensor:
         """The narrow hidden map.
 
@@ -118,9 +112,7 @@ class PromptBlock(BasePrompt):
         Returns:
             Tensor: Of shape (N, hidden, H, W).
         """
-        if x.dim() != 4 or x.size(1) != self.channels:
-            raise ValueError(f'PromptBlock expects (N, {self.channels}, H, W), '
-                             f'got {tuple(x.shape)}')
+        self.check_input(x)
         return self.reduce(x)
 
     def up(self, hidden: Tensor) -> Tensor:
@@ -134,55 +126,3 @@ class PromptBlock(BasePrompt):
         """
         prompt = self.expand(self.act(self.norm(self.spatial(hidden))))
         return prompt if self.scale is None else prompt * self.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Computes the prompt.
-
-        Args:
-            x (Tensor): Feature map of shape (N, C, H, W), ``C = channels``.
-
-        Returns:
-            Tensor: Prompt of shape (N, C, H, W).
-        """
-        return self.up(self.down(x))
-
-
-# mmcv's short names, for environments where mmcv has not registered them.
-_ALIASES = {
-    'BN': 'BatchNorm2d',
-    'SyncBN': 'SyncBatchNorm',
-    'IN': 'InstanceNorm2d',
-    'GN': 'GroupNorm',
-}
-
-
-def _layer_type(key: str, cfg: dict) -> tuple[type, dict]:
-    """The class named by ``cfg['type']`` (MMEngine's registry, then ``torch.nn``), and the rest."""
-    if not isinstance(cfg, dict) or 'type' not in cfg:
-        raise TypeError(f'prompt.{key} must be a dict with the key "type", got {cfg!r}')
-    cfg = dict(cfg)
-    name = cfg.pop('type')
-    if isinstance(name, type):
-        return name, cfg
-    cls = ROOT_MODELS.module_dict.get(name) or getattr(nn, _ALIASES.get(name, name), None)
-    if cls is None:
-        raise ValueError(f'prompt.{key}.type={name!r} is neither registered nor in torch.nn')
-    return cls, cfg
-
-
-def _build_act(cfg: dict | None) -> nn.Module:
-    if cfg is None:
-        return nn.Identity()
-    cls, kwargs = _layer_type('act_cfg', cfg)
-    return cls(**kwargs)
-
-
-def _build_norm(cfg: dict | None, channels: int) -> nn.Module:
-    if cfg is None:
-        return nn.Identity()
-    cls, kwargs = _layer_type('norm_cfg', cfg)
-    if not kwargs.pop('requires_grad', True):
-        raise ValueError('prompt.norm_cfg.requires_grad=False: prompts always train')
-    if issubclass(cls, nn.GroupNorm):
-        return cls(num_channels=channels, **kwargs)
-    return cls(channels, **kwargs)
