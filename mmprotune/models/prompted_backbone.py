@@ -88,8 +88,8 @@ class PromptedBackbone(BaseModule):
         init_cfg (dict, optional): A ``Pretrained`` config, handed on likewise. Inferencers delete
             it here: it belongs on the wrapped backbone. Defaults to None.
         frozen_from (str, optional): Path or URL of a checkpoint of a whole model (what a run had as
-            ``load_from``) whose part for this backbone is loaded after its own file. Defaults to
-            None.
+            ``load_from``) whose part for this backbone is loaded after its own file; one of the
+            backbone alone does for a backbone that forbids an ``init_cfg``. Defaults to None.
 
     Attributes:
         prompts (nn.ModuleDict): Prompt block by stage name.
