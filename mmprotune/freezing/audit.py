@@ -84,8 +84,8 @@ def audit(model: nn.Module, snapshot: FrozenSnapshot | None = None, training: bo
                 raise FrozenTensorsChanged(f'{prefix}{name} is declared frozen, but has a gradient')
         live = {id(m) for _, m in live_modules(part.backbone)}
         for name, child in part.backbone.named_modules():
-            if child.training and id(child) not in live and (
-                    name or not getattr(part, 'root_has_mode', False)):
+            if child.training and id(child) not in live and \
+                    name not in getattr(part, 'names_with_mode', ()):
                 raise FrozenTensorsChanged(
                     f'{prefix}{name} ({type(child).__name__}) is frozen, but in training mode')
     moved = [] if snapshot is None else snapshot.moved(model)

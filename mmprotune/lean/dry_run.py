@@ -19,8 +19,8 @@ USUAL_SIZE = (224, 224)
 
 def image_shapes(network: nn.Module) -> list[tuple[int, int, int]]:
     """Shapes (C, H, W) to try: the size that the network says it was built for, usual ones, then
-    those that its parts name (timm's patch embeddings; up to 518 px, too slow to come first); in
-    colour first.
+    those that its parts name (timm's patch embeddings); in colour first. Sizes that are larger than
+    all usual ones come last: at 768 px, a ViT-L takes a minute for one run on a CPU.
 
     Args:
         network (nn.Module): Takes images of shape (N, C, H, W).
@@ -31,7 +31,7 @@ def image_shapes(network: nn.Module) -> list[tuple[int, int, int]]:
         if fixed is None:
             continue
         fixed = (fixed, fixed) if isinstance(fixed, int) else tuple(fixed)[-2:]
-        if module is network:
+        if module is network and max(fixed) <= max(map(max, IMAGE_SIZES)):
             sizes.insert(0, fixed)
         elif fixed not in sizes:
             sizes.append(fixed)

@@ -142,8 +142,10 @@ def freeze_built(built: Built, everything: bool, trainable: Iterable[str]) -> fr
         raise PretrainedFileError(
             f"freeze='pretrained' needs a pre-trained file, but backbone {name!r} names none "
             "(backbone.init_cfg=dict(type='Pretrained', checkpoint=…), on the wrapped backbone: "
-            "inferencers delete the wrapper's own); freeze='all' freezes the backbone as it is, "
-            'for a full checkpoint to fill it')
+            "inferencers delete the wrapper's own; or frozen_from='…' on the wrapper, which loads "
+            "a checkpoint of the backbone or of a model around it, also where a backbone forbids "
+            "init_cfg); freeze='all' freezes the backbone as it is, for a full checkpoint to fill "
+            'it')
     keep = []
     if not everything and built.missing is None:
         keep = [n for n, _ in built.module.named_parameters() if n not in built.filled]

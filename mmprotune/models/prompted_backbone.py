@@ -33,11 +33,13 @@ from mmprotune.lean.prompts import add_prompt, prompt_of
 from mmprotune.registry import MODELS
 
 from . import calls
+from .arguments import default_to_none
 from .identity import PACKED_BYTES, ROUNDING, difference, function_of, pinned
 from .insertion import INSERT, Stage, Tap, find_places
 from .layout import as_map
+from .modes import modules_with_mode
 from .pretrained import PretrainedFileError, build_backbone, freeze_built, given_backbone
-from .trace import Trace, returns_more_in_training
+from .trace import Trace
 
 
 @MODELS.register_module()
@@ -87,8 +89,8 @@ class PromptedBackbone(BaseModule):
         init_cfg (dict, optional): A ``Pretrained`` config, handed on likewise. Inferencers delete
             it here: it belongs on the wrapped backbone. Defaults to None.
         frozen_from (str, optional): Path or URL of a checkpoint of a whole model (what a run had as
-            ``load_from``) whose part for this backbone is loaded after its own file. Defaults to
-            None.
+            ``load_from``) whose part for this backbone is loaded after its own file; one of the
+            backbone alone does for a backbone that forbids an ``init_cfg``. Defaults to None.
         insert (str): Where prompts go. 'stages': at stage ends, the paper's form; 'blocks': at the
             end of every block; 'branches': inside every residual branch, before its addition;
             'narrow': inside every residual branch where its feature has fewest channels (behind the
@@ -147,11 +149,12 @@ class PromptedBackbone(BaseModule):
         self.backbone = built.module
         self.frozen_source = built.source
         self._missing = built.missing
-        self.root_has_mode = False
+        self.names_with_mode: frozenset[str] = frozenset()
         self.frozen_names = freeze_built(built, everything=freeze == 'all', trainable=trainable)
         self.stages: list[Stage] = []
         self.prompts = nn.ModuleDict()
-        self._handles: list[RemovableHandle] = []
+        handle = default_to_none(self.backbone)
+        self._handles: list[RemovableHandle] = [] if handle is None else [handle]
         trace = None
         if prompt is not None:
             trace = self._add_prompts(dict(prompt), stages, stem)
@@ -159,7 +162,7 @@ class PromptedBackbone(BaseModule):
         self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
         self.frozen_function.copy_(function_of(self, trace=trace))
         del trace
-        self.root_has_mode = returns_more_in_training(self)
+        self.names_with_mode = modules_with_mode(self)
         self.lean_report = LeanReport()
         if lean is not False:
             self._make_lean(LeanOptions.parse(lean), backbone_dtype)
@@ -268,6 +271,13 @@ class PromptedBackbone(BaseModule):
         if calls.is_plain(self):
             return x
         call = calls.current(self)
+        channels = x.size(1 if stage.layout.kind == 'NCHW' else -1)
+        if channels != stage.channels:
+            raise ValueError(
+                f'{type(self.backbone).__name__}.{stage.path}: its feature had {stage.channels} '
+                f'channels when the stages were found and has {channels} in this call, which makes '
+                'another way through the backbone (given a mask, say); name modules that return '
+                'the same in both with model.backbone.stages=[…]')
         to_map, from_map = as_map(stage.layout, x, (*args, *(kwargs or {}).values()),
                                   partial(calls.grid_of, self, stage, x))
         block, note = self.prompts[stage.name], None
@@ -323,13 +333,13 @@ class PromptedBackbone(BaseModule):
     def train(self, mode: bool = True) -> PromptedBackbone:
         """Sets the mode; whatever is frozen stays in eval mode.
 
-        A backbone that returns more in training, for auxiliary heads, is told the mode; its layers
-        are not.
+        Where a backbone returns more in training (for auxiliary heads, or in several branches),
+        the modules that decide about that are told the mode, and no others.
         """
         super().train(mode)
         keep_frozen_in_eval(self.backbone)
-        if self.root_has_mode:
-            self.backbone.training = mode
+        for name in self.names_with_mode:
+            self.backbone.get_submodule(name).training = mode
         return self
 
     def init_weights(self) -> None:

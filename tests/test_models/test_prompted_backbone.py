@@ -151,8 +151,21 @@ def test_a_file_given_to_the_wrapper_goes_to_the_backbone(resnet18_file, how):
 
 
 def test_no_file():
-    with pytest.raises(PretrainedFileError, match="freeze='pretrained' needs.*freeze='all'"):
+    match = "freeze='pretrained' needs.*init_cfg.*frozen_from.*freeze='all'"
+    with pytest.raises(PretrainedFileError, match=match):
         build(dict(type='mmprotune.PromptedBackbone', backbone=RESNET18))
+
+
+def test_a_backbone_that_forbids_an_init_cfg(tmp_path):
+    """frozen_from also takes a file of the backbone alone."""
+    cfg = dict(type='mmdet.HourglassNet', downsample_times=2, num_stacks=1, feat_channel=8,
+               stage_channels=(8, 8, 8), stage_blocks=(1, 1, 1))
+    weights = {k: v + 1 for k, v in DET_MODELS.build(dict(cfg)).state_dict().items()}
+    torch.save(weights, tmp_path / 'hourglass.pth')
+    model = build(dict(type='mmprotune.PromptedBackbone', backbone=cfg,
+                       frozen_from=str(tmp_path / 'hourglass.pth')))
+    assert model.frozen_names == set(weights)
+    assert all(torch.equal(v, weights[k]) for k, v in model.backbone.state_dict().items())
 
 
 def test_a_file_that_fills_nothing(prompted_cfg, tmp_path):
@@ -396,6 +409,81 @@ def test_a_backbone_that_returns_more_in_training_is_told_the_mode(cfg, more):
     counts = [len(list(tensors_in(model.train(mode)(x)))) for mode in (True, False)]
     assert (counts[0] > counts[1]) is more
     assert not model.backbone.training
+
+
+TRIDENT = dict(type='mmdet.TridentResNet', depth=50, num_stages=3, strides=(1, 2, 2),
+               dilations=(1, 1, 1), out_indices=(2, ), base_channels=4, stem_channels=4,
+               num_branch=3, test_branch_idx=1, trident_dilations=(1, 2, 3))
+
+
+def test_layers_that_return_more_in_training_are_told_the_mode(tmp_path):
+    """TridentNet's last stage runs in three branches then, and the detector counts on them; frozen
+    layers around them, and layers that only drop at random, stay in eval mode."""
+    torch.manual_seed(0)
+    stock = DET_MODELS.build(dict(TRIDENT))
+    with torch.no_grad():
+        for name, tensor in stock.state_dict().items():
+            if 'conv' in name:
+                nn.init.kaiming_normal_(tensor)
+    torch.save(stock.state_dict(), tmp_path / 'trident.pth')
+    backbone = dict(TRIDENT, init_cfg=dict(type='Pretrained', checkpoint=f'{tmp_path}/trident.pth'))
+    gradients = []
+    for lean in (True, False):
+        torch.manual_seed(1)
+        model = build(dict(type='mmprotune.PromptedBackbone', backbone=backbone, lean=lean))
+        wake(model)
+        model.train()
+        audit(model, training=True)
+        told = {n for n, m in model.backbone.named_modules() if m.training}
+        assert told == {f'layer3.{i}{conv}' for i in range(6) for conv in ('', '.conv2')}
+        out, = model(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2)))
+        assert len(out) == 6
+        out.square().sum().backward()
+        gradients.append([p.grad for p in model.prompts.parameters()])
+        assert not any(m.training for m in model.eval().modules())
+        assert len(model(torch.randn(2, 3, 64, 64))[0]) == 2
+    assert all(g.any() for g in gradients[0])
+    for lean, ordinary in zip(*gradients):
+        atol = 1e-3 * float(ordinary.abs().max())
+        torch.testing.assert_close(lean, ordinary, rtol=1e-3, atol=atol)
+
+
+MASKED = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
+
+
+def test_a_backbone_that_wants_a_mask_has_stages():
+    """Its file may serve to train on from, and its forward without a mask is that of a ViT."""
+    model = build(dict(type='mmprotune.PromptedBackbone', freeze='all', backbone=dict(
+        type='mmpretrain.MaskFeatViT', arch=MASKED, img_size=64, patch_size=16))).train()
+    wake(model)
+    assert len(model.prompts) == 2 and model.frozen_function.any()
+    x, mask = torch.randn(2, 3, 64, 64), torch.arange(16).expand(2, 16) % 2
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with torch.no_grad():
+        for net in (model, copied):
+            plain, none, first, second = (
+                list(tensors_in(net(x, *args, **kwargs)))[-1]
+                for args, kwargs in (
+                    ((), {}), ((None, ), {}), ((mask, ), {}), ((), dict(mask=mask))))
+            assert torch.equal(plain, none) and torch.equal(first, second)
+            assert not torch.equal(plain, first)
+    with pytest.raises(TypeError, match='mask'):
+        copied.unwrap()(x)
+
+
+def test_another_way_through_the_backbone_is_refused():
+    """With a mask, SimMIM down-samples inside of a stage, without one behind it."""
+    cfg = dict(type='mmprotune.PromptedBackbone', freeze='all', backbone=dict(
+        type='mmpretrain.SimMIMSwinTransformer', img_size=64, arch=dict(
+            embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1]),
+        stage_cfgs=dict(block_cfgs=dict(window_size=2))))
+    x, mask = torch.randn(2, 3, 64, 64), torch.zeros(2, 16, 16)
+    model = build(cfg)
+    with pytest.raises(ValueError, match=r'stages.0: its feature had 16 channels .* has 32 .*'
+                       r'model.backbone.stages='):
+        model(x, mask)
+    model = build(dict(cfg, stages=[f'stages.{i}.blocks.0' for i in range(4)]))
+    assert model(x, mask)[0].shape == (2, 128, 2, 2)
 
 
 def test_a_file_of_a_part_of_the_backbone(resnet18_file):

@@ -1,4 +1,4 @@
-"""The matrix of stock configs: twenty of them here, sixty drawn ones under -m matrix."""
+"""The matrix of stock configs: two dozen of them here, sixty drawn ones under -m matrix."""
 import importlib.util
 import json
 import sys
@@ -18,6 +18,8 @@ spec.loader.exec_module(matrix)
 TWENTY = [
     'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py',
     'mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py',
+    # The init_cfg has no type.
+    'mmdet::pvt/retinanet_pvtv2-b0_fpn_1x_coco.py',
     'mmdet::centernet/centernet_r18_8xb16-crop512-140e_coco.py',
     'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
     'mmdet::yolox/yolox_nano_8xb8-300e_coco.py',
@@ -33,8 +35,14 @@ TWENTY = [
     'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
     'mmseg::segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512.py',
     'mmseg::fcn/fcn_r18-d8_4xb2-80k_cityscapes-512x1024.py',
+    # Returns more in training.
+    'mmseg::pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes.py',
+    # The file is that of a part of the backbone, or there is none.
+    'mmseg::bisenetv1/bisenetv1_r18-d32-in1k-pre_4xb8-160k_cityscapes-1024x1024.py',
     'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_coco-stuff164k-512x512.py',
     'mmseg::mobilenet_v3/mobilenet-v3-d8-s_lraspp_4xb4-320k_cityscapes-512x1024.py',
+    # Random weights in a deep network without shortcuts.
+    'mmseg::mobilenet_v2/mobilenet-v2-d8_deeplabv3_4xb2-80k_cityscapes-512x1024.py',
     # The classifier's own init_cfg draws linear layers anew.
     'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py',
     'mmpretrain::deit/deit-tiny_4xb256_in1k.py',
@@ -112,9 +120,9 @@ def test_frozen_modules_in_training_mode_fail(monkeypatch):
 def test_prompts_at_a_tenth_of_the_rate_fail(monkeypatch):
     wrap = matrix.protune
 
-    def protune(cfg):
+    def protune(cfg, **options):
         cfg.optim_wrapper.paramwise_cfg = dict(custom_keys={'prompts': dict(lr_mult=0.1)})
-        return wrap(cfg)
+        return wrap(cfg, **options)
 
     monkeypatch.setattr(matrix, 'protune', protune)
     result = check(SMALL)
@@ -173,10 +181,50 @@ def test_a_stock_model_that_ends_badly_says_nothing_about_prompts(monkeypatch, b
     result = check(SMALL, seconds=1)
     assert (result['verdict'], result['reason']) == ('host', reason)
     monkeypatch.setattr(matrix, 'check_stock', lambda *args: dict(size=64, finite=True))
+    monkeypatch.setattr(matrix, 'check_stock_step', lambda *args: {})
     monkeypatch.setattr(matrix, 'check_prompted', body)
     result = check(SMALL, seconds=1)
-    assert (result['verdict'], result['reason']) == ('fail', reason)
+    assert (result['verdict'], result['reason'], result['size']) == ('fail', reason, 64)
     assert json.dumps(result)
+
+
+def test_a_stock_model_that_takes_no_step_says_nothing_about_prompts(monkeypatch):
+    """Its losses were computed, but the prompted model's failure may be its own."""
+    monkeypatch.setattr(matrix, 'check_prompted', lambda *args: dict(faults=['no step']))
+    assert check(SMALL)['verdict'] == 'fail'
+    update = matrix.build_optim_wrapper
+
+    def build(*args):
+        wrapper = update(*args)
+        wrapper.optimizer.register_step_pre_hook(lambda *args: {}['x'])
+        return wrapper
+
+    monkeypatch.setattr(matrix, 'build_optim_wrapper', build)
+    result = check(SMALL)
+    assert (result['verdict'], result['reason']) == ('host', "KeyError: 'x'")
+
+
+# --- the weights of the stock model ----------------------------------------------------------
+
+
+def test_norms_fit_the_weights_and_constants_move(tmp_path):
+    run, = matrix.runs_of([SMALL])
+    drawn = matrix._stock(run)[0].backbone.state_dict()
+    result = matrix.check_stock(run, tmp_path)
+    assert result == dict(size=128, larger=[320, 512], finite=True)
+    weights = torch.load(tmp_path / 'backbone.pth')
+    assert all(not torch.equal(weights[k], v) for k, v in drawn.items()
+               if k.endswith(('weight', 'bias')))
+    means = {k: v for k, v in weights.items() if k.endswith('running_mean')}
+    assert means and all(v.any() for v in means.values())
+
+
+def test_statistics_of_a_few_values_are_not_taken():
+    norms = torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    for norm, side in zip(norms, (2, 3)):
+        norm.register_forward_hook(matrix._forget_few_values)
+        norm(torch.rand(2, 3, side, side))
+    assert not norms[0].running_mean.any() and norms[1].running_mean.all()
 
 
 # --- configs ---------------------------------------------------------------------------------
@@ -232,10 +280,13 @@ def test_the_file_is_named_where_the_config_names_one(model, load_from, key, tmp
     assert matrix.file_key(original) == key
     cfg = matrix.runnable(original)
     assert 'example.org' not in str(cfg.to_dict()) and 'x.pth' not in str(cfg.to_dict())
-    matrix.point(cfg, original, tmp_path)
+    options = matrix.point(cfg, original, tmp_path)
     assert original.to_dict() == before
     text = str(cfg.model.to_dict())
-    assert ('backbone.pth' in text) == (key != 'load_from')
+    assert ('backbone.pth' in text) == (key not in ('load_from', matrix.NO_FILE))
+    # A backbone may forbid an init_cfg.
+    file = dict(frozen_from=str(tmp_path / 'backbone.pth'))
+    assert options == (file if key == matrix.NO_FILE else {})
     assert cfg.load_from == (str(tmp_path / 'model.pth') if load_from else None)
     if model.get('detector'):
         assert cfg.model.detector.backbone.init_cfg.prefix == 'backbone'
@@ -243,7 +294,9 @@ def test_the_file_is_named_where_the_config_names_one(model, load_from, key, tmp
 
 def test_a_config_becomes_one_that_a_cpu_can_run():
     cfg = matrix.runnable(Config(dict(
-        model=dict(type='EncoderDecoder', backbone=dict(norm_cfg=dict(type='MMSyncBN'))),
+        model=dict(type='EncoderDecoder', backbone=dict(norm_cfg=dict(type='MMSyncBN')),
+                   train_cfg=dict(num_points=12544, rpn=dict(sampler=dict(num=8)),
+                                  rcnn=[dict(sampler=dict(num=512, pos_fraction=0.25))])),
         data_preprocessor=dict(type='SegDataPreProcessor', size=(512, 512)),
         optim_wrapper=dict(type='AmpOptimWrapper', loss_scale='dynamic', accumulative_counts=4,
                            optimizer=dict(type='SGD', lr=0.1)),
@@ -252,6 +305,8 @@ def test_a_config_becomes_one_that_a_cpu_can_run():
                                      optimizer=dict(type='SGD', lr=0.1))
     assert cfg.model.data_preprocessor == dict(type='SegDataPreProcessor', size_divisor=1)
     assert cfg.model.backbone.norm_cfg.type == 'SyncBN'
+    assert cfg.model.train_cfg == dict(num_points=512, rpn=dict(sampler=dict(num=8)), rcnn=[
+        dict(sampler=dict(num=32, pos_fraction=0.25))])
 
 
 # --- the log and the table -------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """Checks ``tools/train.py --protune`` on every config that mmdet, mmseg and mmpretrain ship.
 
-A config's stock model is built first, initialised, and takes one training step on noise images,
-under limits of memory and time. Where that works, the same is tried with ``mmprotune.protune(cfg)``
-under the same limits: the model builds; ``init_weights()`` and the step move nothing frozen
-(SHA-256 of every tensor); every prompt parameter has the optimizer's base rate and gets a gradient
-once the prompts are awake. The files that configs name are not downloaded: the stock backbone's own
-random weights, a little moved, are written to a file that takes their place.
+A config's stock model is built first, initialised, and computes its losses on noise images, under
+limits of memory and time. Where that works, ``mmprotune.protune(cfg)`` is tried under the same
+limits: the model builds; ``init_weights()`` and a training step move nothing frozen (SHA-256 of
+every tensor); every prompt parameter has the optimizer's base rate and gets a gradient once the
+prompts are awake. Where that fails, the stock model has to take a training step as well, or else
+the failure is not counted. The files that configs name are not downloaded: the stock backbone's own
+random weights, a little moved and with norms that fit them, are written to a file that takes their
+place.
 
-Each of the two runs in a forked process of its own. Configs with the same model and the same
+Each of these runs in a forked process of its own. Configs with the same model and the same
 optimizer share one run. With --log, results are kept in a file, and a command that was cut off
 goes on where it was.
 """
@@ -49,6 +51,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmprotune import __version__, protune
 from mmprotune.config_nodes import without_pretrained
@@ -65,6 +68,9 @@ KEYS = ('model', 'data_preprocessor', 'optim_wrapper', 'load_from', 'default_sco
 SIZES = dict(mmdet=(128, 320, 512), mmseg=(64, 128, 512), mmpretrain=(64, 224, 384))
 BATCH_SIZE = 2
 OWN_SIZE = re.compile(r'"(?:img|image|input|pretrain_img)_size": \[?(\d+)')
+# Regions and points that heads sample for training, thousands in most configs: as with the size of
+# the images, fewer show the same.
+SAMPLED = dict(num=32, num_points=512)
 # Which of a config's keys names the pre-trained file of its backbone.
 NO_FILE = 'none'
 
@@ -247,6 +253,9 @@ def runnable(cfg: Config) -> Config:
             del node['init_cfg']
         if node.get('teacher_ckpt'):
             node['teacher_ckpt'] = None
+        for name, most in SAMPLED.items():
+            if path and path[-1] in ('sampler', 'train_cfg') and node.get(name, 0) > most:
+                node[name] = most
         if path and path[-1] == 'data_preprocessor':
             if 'size' in node:  # mmseg pads to the size of the crops
                 del node['size']
@@ -264,17 +273,21 @@ def runnable(cfg: Config) -> Config:
     return cfg
 
 
-def point(cfg: Config, original: Config, folder: Path) -> None:
+def point(cfg: Config, original: Config, folder: Path) -> dict:
     """Lets a config name the files in ``folder`` where the original one names its own.
 
     Args:
         cfg (Config): Of :func:`runnable`; changed in place.
         original (Config): The stock config.
         folder (Path): Holds the files that :func:`check_stock` wrote.
+
+    Returns:
+        dict: Options for ``protune``: ``frozen_from`` where the original names no file.
     """
     backbone, was = _backbone(cfg.model), _backbone(original.model)
     if backbone is None:
-        return
+        return {}
+    options = {}
     key, file = file_key(original), str(folder / 'backbone.pth')
     if key.endswith('init_cfg'):
         node, (path, named) = backbone, _file_node(was)
@@ -289,13 +302,14 @@ def point(cfg: Config, original: Config, folder: Path) -> None:
     elif key == 'model.pretrained':
         cfg.model['pretrained'] = file
     elif key == NO_FILE:
-        backbone['init_cfg'] = dict(type='Pretrained', checkpoint=file)
+        options['frozen_from'] = file  # which backbones take that forbid an init_cfg, too
     if original.get('load_from'):
         cfg.load_from = str(folder / 'model.pth')
     # The files hold the names of the class itself, not those of another library's weights.
     for path, node in _nodes(cfg.model):
         if 'convert_weights' in node or path and path[-1] == 'backbone' and _converts(node):
             node['convert_weights'] = False
+    return options
 
 
 def _converts(backbone: dict) -> bool:
@@ -309,22 +323,16 @@ def _named(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def write_files(model: nn.Module, original: Config, folder: Path) -> None:
-    """Writes the weights of a stock model, a little moved, where a run's config will look.
-
-    Moved, so that a constant that is set anew (zero biases, norms) counts as moved weights.
+    """Writes the weights of a stock model where a run's config will look.
 
     Args:
-        model (nn.Module): The stock model; changed in place.
+        model (nn.Module): The stock model.
         original (Config): Its config.
         folder (Path): Where to.
     """
     backbone = _named(model, 'backbone')
     if backbone is None:
         return
-    with torch.no_grad():
-        for tensor in backbone.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.mul_(1.01).add_(1e-3)
     path, node = _file_node(_backbone(original.model) or {}) or ((), {})
     if path:  # the file is that of a network inside
         backbone = _named(backbone, path[-1].replace('_cfg', ''))
@@ -332,7 +340,8 @@ def write_files(model: nn.Module, original: Config, folder: Path) -> None:
     prefix = (_pretrained(node) or {}).get('prefix') or ''
     # Loaders differ in the names they look for; the file has all of them.
     prefixes = {'', 'backbone.', prefix.rstrip('.') + '.' if prefix else ''}
-    if 'TIMM' in type(backbone).__name__:  # timm loads into its own model, and strictly
+    if 'TIMM' in type(backbone).__name__ and file_key(original) != NO_FILE:
+        # timm loads into its own model, and strictly.
         state, prefixes = {k.partition('.')[2]: v for k, v in state.items()}, {''}
     torch.save({p + k: v for p in sorted(prefixes) for k, v in state.items()},
                folder / 'backbone.pth')
@@ -350,7 +359,6 @@ def _build(cfg: Config) -> nn.Module:
 
 def _step(model: nn.Module, cfg: Config, size: int, wrapper) -> bool:
     """One training step as the Runner takes it; whether its losses are finite."""
-    model.train()
     hub = MessageHub.get_current_instance()
     for key, value in dict(iter=0, epoch=0, max_iters=1, max_epochs=1).items():
         hub.update_info(key, value)  # some heads warm up by it
@@ -358,34 +366,94 @@ def _step(model: nn.Module, cfg: Config, size: int, wrapper) -> bool:
     return all(bool(value.isfinite().all()) for value in model.train_step(batch, wrapper).values())
 
 
+class _LossesAlone:
+    """Takes the place of an optimizer's wrapper in a step that computes losses and no more."""
+
+    @staticmethod
+    def optim_context(model: nn.Module) -> contextlib.AbstractContextManager:
+        return torch.no_grad()
+
+    @staticmethod
+    def update_params(loss: torch.Tensor) -> None:
+        pass
+
+
+def _stock(run: Run) -> tuple[nn.Module, Config]:
+    """The stock model of a run with its weights, and the config that it was built from."""
+    cfg = runnable(run.cfg)
+    model = _build(cfg)
+    if hasattr(model, 'init_weights'):
+        model.init_weights()
+    return model, cfg
+
+
 def check_stock(run: Run, folder: Path) -> dict:
-    """Builds the stock model, writes its files and takes a step.
+    """Builds the stock model, computes its losses and writes its files.
+
+    The backbone's weights are moved a little before, so that a constant that is set anew (zero
+    biases, norms) counts as moved weights. The statistics of the norms are those of the very
+    images: with others, features and gradients of random weights vanish in deep networks.
 
     Args:
         run (Run): The run.
         folder (Path): For the files.
 
     Returns:
-        dict: ``size`` of the images that it takes, and whether its losses are ``finite``.
+        dict: ``size`` of the images that it takes, ``larger`` ones, and whether its losses are
+        ``finite``.
     """
-    cfg = runnable(run.cfg)
-    model = _build(cfg)
-    wrapper = build_optim_wrapper(model, copy.deepcopy(cfg.optim_wrapper))
-    if hasattr(model, 'init_weights'):
-        model.init_weights()
-    write_files(model, run.cfg, folder)
+    model, cfg = _stock(run)
+    backbone = _named(model, 'backbone')
+    with torch.no_grad():
+        for tensor in () if backbone is None else backbone.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.mul_(1.01)
+                if tensor.dim() < 2 or not tensor.any():  # all of a kernel would shift its output
+                    tensor.add_(1e-3)
     text = json.dumps(run.cfg.model.to_dict(), default=str)
     first, *others = SIZES[run.cfg.default_scope]
     sizes = [first, *map(int, OWN_SIZE.findall(text)), *others]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.register_forward_hook(_forget_few_values)
     failures = []
     for size in dict.fromkeys(sizes):
+        model.train()
+        for norm in norms:  # those of a backbone, too, which many detectors keep in eval mode
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum = None
         try:
-            return dict(size=size, finite=_step(model, cfg, size, wrapper))
+            finite = _step(model, cfg, size, _LossesAlone())
         except Exception as error:
             failures.append(error)
             if _out_of_memory(error) or isinstance(error, NotImplementedError):
                 raise
+        else:
+            write_files(model, run.cfg, folder)
+            return dict(size=size, larger=[s for s in sizes if s > size], finite=finite)
     raise failures[-1]
+
+
+def _forget_few_values(norm: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    """Forward hook: of a few values, whatever is a little different would be far out."""
+    if args[0].numel() < 16 * norm.num_features:
+        norm.reset_running_stats()
+
+
+def check_stock_step(run: Run, folder: Path, stock: dict) -> dict:
+    """Takes a whole training step with the stock model, as the prompted one had to.
+
+    Args:
+        run (Run): The run.
+        folder (Path): Not used.
+        stock (dict): What :func:`check_stock` returned.
+    """
+    model, cfg = _stock(run)
+    wrapper = build_optim_wrapper(model, copy.deepcopy(cfg.optim_wrapper))
+    model.train()
+    _step(model, cfg, stock['size'], wrapper)
+    return {}
 
 
 def check_prompted(run: Run, folder: Path, stock: dict) -> dict:
@@ -401,9 +469,9 @@ def check_prompted(run: Run, folder: Path, stock: dict) -> dict:
         ``prompt_parameters``.
     """
     cfg = runnable(run.cfg)
-    point(cfg, run.cfg, folder)
+    options = point(cfg, run.cfg, folder)
     named = 'prompt' in json.dumps((cfg.optim_wrapper.get('paramwise_cfg') or {}), default=str)
-    protune(cfg)
+    protune(cfg, **options)
     prepare_processes(cfg)
     # The order of the Runner: model, optimizer, init_weights, load_from.
     model = _build(cfg)
@@ -440,8 +508,14 @@ def check_prompted(run: Run, folder: Path, stock: dict) -> dict:
     without = set(prompts)
     wrapper.optimizer.register_step_pre_hook(lambda *_: without.difference_update(
         n for n, p in prompts.items() if p.grad is not None and p.grad.count_nonzero()))
+    model.train()
     finite = _step(model, cfg, stock['size'], wrapper)
     compare('the step')
+    # The deepest features of small images have few pixels, or one, and may all be dead.
+    for size in stock['larger'][:1] if without else ():
+        with contextlib.suppress(Exception):
+            _step(model, cfg, size, wrapper)
+            compare('another step')
     if stock['finite'] and not finite:
         faults.append('the loss is not finite, though that of the stock model is')
     if without:
@@ -526,13 +600,15 @@ def _in_child(check: Callable, run: Run, limits: Limits, out: Path, args: tuple)
 
 
 class _Job:
-    """A run at work: its stock model, then the prompted one, a process each."""
+    """A run at work: its stock model, then the prompted one, a process each; where that one fails,
+    a whole step of the stock model."""
 
     def __init__(self, run: Run, limits: Limits) -> None:
         self.run = run
         self.limits = limits
         self.folder = tempfile.TemporaryDirectory(prefix='config_matrix_')
         self.stock: dict | None = None
+        self.failed: dict | None = None
         self._start('stock', check_stock)
 
     def _start(self, name: str, check: Callable, *args) -> None:
@@ -566,6 +642,10 @@ class _Job:
             self.stock = found
             self._start('prompted', check_prompted, found)
             return None
+        if self.failed is None and self.stock and (found.get('error') or found.get('faults')):
+            self.failed = found
+            self._start('step', check_stock_step, self.stock)
+            return None
         self.folder.cleanup()
         return self._result(found)
 
@@ -578,17 +658,17 @@ class _Job:
         return _one_line(f'the process ended with {cause}: {words[-200:]}')
 
     def _result(self, found: dict) -> dict:
-        error, faults = found.pop('error', ''), found.pop('faults', [])
-        reasons = [error] if error else faults
-        if self.stock is None:
-            verdict = 'host'
+        parts = [part for part in (self.stock, self.failed, found) if part]
+        seconds = round(sum(part.get('seconds', 0) for part in parts), 1)
+        if self.stock and 'error' not in found:
+            verdict = 'fail' if self.failed else 'pass'
+            found = dict(self.failed or found, size=self.stock['size'])
         else:
-            verdict = 'fail' if reasons else 'pass'
-            found['size'] = self.stock['size']
-        seconds = sum(part.get('seconds', 0) for part in (self.stock or {}, found))
+            verdict = 'host'
+        error, faults = found.pop('error', ''), found.pop('faults', [])
         return dict(found, key=self.run.key, configs=self.run.configs, verdict=verdict,
-                    reason='; '.join(reasons), file=file_key(self.run.cfg),
-                    seconds=round(seconds, 1))
+                    reason=error or '; '.join(faults), file=file_key(self.run.cfg),
+                    seconds=seconds)
 
 
 def check_all(runs: Sequence[Run], jobs: int = 1, limits: Limits = Limits()) -> Iterator[dict]:
@@ -601,8 +681,8 @@ def check_all(runs: Sequence[Run], jobs: int = 1, limits: Limits = Limits()) -> 
 
     Yields:
         dict: ``key`` and ``configs`` of the run; ``verdict``: 'pass', 'fail', or 'host' where the
-        stock model does not load, build or take a step; ``reason``; ``file``, see
-        :func:`file_key`; ``seconds`` of processor time for both models; ``traceback`` of an error;
+        stock model does not load, build, compute losses or take a step; ``reason``; ``file``, see
+        :func:`file_key`; ``seconds`` of processor time for all models; ``traceback`` of an error;
         what :func:`check_prompted` returns.
     """
     for library in LIBRARIES:  # once, for all children
@@ -726,14 +806,19 @@ def markdown(results: Sequence[dict], settings: dict, command: str) -> str:
         f'{summary(results)}. Written by `{command}` with {versions}, on a CPU.', '',
         'Every config that the libraries ship and that defines a model, as `tools/train.py '
         f'--protune` runs it, with {limits} for each process. `host`: the stock model itself does '
-        'not load, build or take a training step within these limits. Checked of the others: the '
+        'not load, build or compute its losses within these limits, or the prompted model fails '
+        'and the stock one cannot take a training step either. Checked of the others: the '
         "prompted model builds, and takes a step on noise images with the config's optimizer; "
         "neither the model's own `init_weights()` nor the step moves a frozen tensor (SHA-256); "
-        "every prompt parameter trains at the optimizer's base rate and gets a gradient.", '',
-        'The pre-trained files that configs name were not downloaded; random weights took their '
-        'place. The column `file` is the key that names one; `none`: the config trains from '
-        'scratch, and was given a file in `backbone.init_cfg`. Configs with the same model and '
-        'optimizer share one line; `configs` counts them.', '',
+        "every prompt parameter trains at the optimizer's base rate and gets a gradient, in a "
+        'step on larger images where small ones leave some without. Images are small, batches of '
+        f'two, and heads sample {SAMPLED["num"]} regions or {SAMPLED["num_points"]} points at '
+        'most.', '',
+        'The pre-trained files that configs name were not downloaded; random weights, with '
+        'statistics in the norms that fit them, took their place. The column `file` is the key '
+        'that names one; `none`: the config trains from scratch, and was given a file in '
+        '`frozen_from`. Configs with the same model and optimizer share one line; `configs` '
+        'counts them.', '',
         '| library | configs | runs | pass | fail | host |', '|---|---|---|---|---|---|'
     ]
     ordered = sorted(results, key=lambda r: r['configs'][0])

@@ -1,0 +1,80 @@
+"""Which parts of a frozen backbone are told that it trains.
+
+Frozen layers stay in eval mode. Some backbones return more in training, though: features for
+auxiliary heads, or the same image in several branches. What decides about that has to know.
+"""
+from __future__ import annotations
+
+import contextlib
+from types import CodeType
+
+import torch
+from torch import nn
+
+from mmprotune.lean.dry_run import image_shapes, noise, tensors_in, undisturbed
+
+from . import calls
+from .trace import BATCH, returns_more_in_training
+
+
+def modules_with_mode(owner: nn.Module) -> frozenset[str]:
+    """Finds the modules that have to follow ``train()`` although they are frozen: in training the
+    backbone returns other tensors, in number or in shape, because of them.
+
+    That is the backbone itself, or else layers of it (TridentNet's) whose own ``forward`` asks for
+    the mode. Layers that only compute otherwise in training (dropout, a norm, RevViT's backward
+    pass) are none of them.
+
+    Args:
+        owner (nn.Module): The prompted backbone around it.
+
+    Returns:
+        frozenset[str]: Dotted names in ``owner.backbone``; '' for the backbone itself.
+    """
+    if returns_more_in_training(owner):
+        return frozenset([''])
+    kinds: dict[type, set[str]] = {}
+    for path, module in owner.backbone.named_modules():
+        # Layers without weights (drop path) draw at random, and no more.
+        if path and any(True for _ in module.parameters()) and _asks_for_mode(module):
+            kinds.setdefault(type(module), set()).add(path)
+    told = frozenset().union(*kinds.values())
+    if not told:
+        return told
+    plain, wanted = _shapes(owner, frozenset()), _shapes(owner, told)
+    # Of images of the same shape, or they say nothing.
+    if None in (plain, wanted) or plain[0] != wanted[0] or plain == wanted:
+        return frozenset()
+    for paths in kinds.values():  # those that it does not depend on stay in eval mode
+        if _shapes(owner, told - paths) == wanted:
+            told -= paths
+    return told
+
+
+def _asks_for_mode(module: nn.Module) -> bool:
+    """Whether the ``forward`` of a host's class, or a function in it, reads the mode. PyTorch's and
+    MMCV's layers return one tensor of the same shape in both."""
+    if type(module).__module__.partition('.')[0] in ('torch', 'mmcv'):
+        return False
+    codes = [getattr(type(module).forward, '__code__', None)]
+    for code in codes:
+        if isinstance(code, CodeType):
+            if 'training' in code.co_names:
+                return True
+            codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+    return False
+
+
+def _shapes(owner: nn.Module, told: frozenset[str]) -> list[tuple[int, ...]] | None:
+    """Shape of an image at which the backbone runs without prompts while the modules ``told`` are
+    in training mode, then those of what it returns; None where it runs at no usual size."""
+    backbone = owner.backbone
+    with undisturbed(owner), torch.no_grad():
+        for path in told:
+            backbone.get_submodule(path).training = True
+        for shape in image_shapes(backbone):
+            with contextlib.suppress(Exception), \
+                    calls.opened(owner, calls.Call(shape[1:], plain=True)):
+                outputs = backbone(noise(backbone, shape, BATCH))
+                return [shape, *(tuple(t.shape) for t in tensors_in(outputs))]
+    return None
