@@ -24,7 +24,8 @@ class LeanOptions:
         prompts (str | bool): What prompt blocks keep, computing the rest again: 'output' their
             feature with the prompt added (which the layers behind keep anyway) and their
             bottleneck, 'bottleneck' the feature without it and their bottleneck, 'input' the
-            feature without it; False everything. Defaults to 'output'.
+            feature without it; False everything. Blocks without a bottleneck keep everything.
+            Defaults to 'output'.
     """
     fold: bool = True
     recompute: float = 0.08

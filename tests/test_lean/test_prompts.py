@@ -29,6 +29,10 @@ LAYOUTS = dict(
 PROMPTS = [dict(type='mmprotune.PromptBlock', **cfg) for cfg in (
     {}, dict(scale=0.5), dict(act_cfg=dict(type='PReLU')),
     dict(norm_cfg=dict(type='GN', num_groups=1)), dict(reduction=1, act_cfg=None))]
+# A grouped convolution of 3x3 at the start, dropout, and more than a convolution at the start.
+OTHERS = [dict(type='mmprotune.ConvAdapterPrompt', zero_init=False),
+          dict(type='mmprotune.AdaptFormerPrompt', dropout=0.3, zero_init=False),
+          dict(type='mmprotune.MonaPrompt', dropout=0.3, zero_init=False)]
 
 
 def prompted(backbone=RESNET18, **kwargs):
@@ -59,7 +63,8 @@ def ordinary(model):
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('prompt', PROMPTS, ids=lambda cfg: ','.join([*cfg][1:]) or 'default')
+@pytest.mark.parametrize('prompt', PROMPTS + OTHERS, ids=lambda cfg: cfg['type'][10:] + ''.join(
+    f'-{key}' for key in [*cfg][1:]))
 def test_same_gradients(layout, prompt):
     """In double precision: what is left is the rounding of the sum."""
     if layout == 'nhwc':
@@ -72,16 +77,17 @@ def test_same_gradients(layout, prompt):
     (outputs, found), (expected, exact) = gradients(model, x), gradients(ordinary(model), x)
     assert len(outputs) == len(expected)
     assert all((a - b).norm() <= 1e-10 * b.norm() for a, b in zip(outputs, expected))
-    assert found.keys() == exact.keys() and len(found) >= 6 * len(model.prompts)
+    assert found.keys() == exact.keys() and len(found) >= 4 * len(model.prompts)
     for name, gradient in exact.items():
         assert gradient.norm() > 0, name
         assert (found[name] - gradient).norm() <= 1e-9 * gradient.norm(), name
 
 
+@pytest.mark.parametrize('prompt', [PROMPTS[0], *OTHERS], ids=lambda cfg: cfg['type'][10:])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
+def test_autocast(dtype, prompt):
     """Under autocast the rounding of the sum is one more of its many."""
-    model = prompted(LAYOUTS['nchw'], lean=dict(fold=False))
+    model = prompted(LAYOUTS['nchw'], prompt=prompt, lean=dict(fold=False))
     naive = ordinary(model)
     x = images()
     exact = gradients(naive, x)[1]
@@ -252,9 +258,10 @@ def test_a_step_whose_operations_are_counted(lean):
 
 
 @forms
-def test_parameters_that_are_passed_in(lean):
+@pytest.mark.parametrize('prompt', [PRELU, *OTHERS], ids=lambda cfg: cfg['type'][10:])
+def test_parameters_that_are_passed_in(lean, prompt):
     """As ``functional_call`` passes them: the block holds its own again in the backward pass."""
-    model = prompted(prompt=PRELU, lean=lean).double()
+    model = prompted(prompt=prompt, lean=lean).double()
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
     before = {n: p.detach().clone() for n, p in own.items()}
     torch.manual_seed(1)
@@ -264,6 +271,7 @@ def test_parameters_that_are_passed_in(lean):
     found = []
     for m in (model, ordinary(model)):
         given = {n: before[n] + 0.3 * leaf for n, leaf in leaves.items()}
+        torch.manual_seed(4)
         outputs = torch.func.functional_call(m, given, (x, ))
         loss = sum(o.sin().sum() for o in outputs)
         found.append(torch.autograd.grad(loss, list(leaves.values())))

@@ -63,6 +63,12 @@ def test_table(measured):
     assert 'prompted, lean' in text and 'lean of head only: kept 0.' in text
 
 
+def test_a_block_without_convolutions(capsys):
+    benchmark.main([CONFIG, *SMALL, '--backbone-only', '--steps', '0', '--variants', 'lean',
+                    '--cfg-options', 'model.backbone.prompt.type=mmprotune.AffinePrompt'])
+    assert 'prompted, lean' in capsys.readouterr().out
+
+
 def test_a_stock_config_and_a_peer(capsys):
     benchmark.main(['mmpretrain::vision_transformer/vit-base-p16_32xb128-mae_in1k.py', *SMALL,
                     '--backbone-only', '--steps', '0', '--variants', 'frozen', 'lean', 'lora',

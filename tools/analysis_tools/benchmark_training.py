@@ -160,7 +160,9 @@ class Variant:
             if not self.exists:
                 return
         for block in getattr(model.backbone, 'prompts', {}).values():
-            nn.init.normal_(block.expand.weight, std=0.02)  # as after some training
+            for parameter in block.parameters():
+                if not parameter.any():
+                    nn.init.normal_(parameter, std=0.02)  # as after some training
         batch = draw_batch(cfg, args)
         if args.backbone_only:
             model.data_preprocessor.to(self.device)

@@ -1,4 +1,5 @@
 """A block of one's own is one class."""
+import pytest
 import torch
 from torch import nn
 
@@ -50,6 +51,24 @@ def test_blocks_of_ones_own():
             for parameter in model.prompts.parameters():
                 parameter.normal_()
             assert not torch.equal(model(x)[0], plain[0])
+
+
+@pytest.mark.parametrize('name', ['PromptBlock', 'MonaPrompt', 'ConvAdapterPrompt',
+                                  'AdaptFormerPrompt', 'LinearAdapterPrompt'])
+def test_every_block_of_the_package_may_stand_alone(name):
+    """Then it does not start at zero, unless somebody says so."""
+    cfg = dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, freeze='all',
+               prompt=dict(type=f'mmprotune.{name}'), last_stage='serial')
+    model = build(cfg)
+    assert [block.zero_init for block in model.prompts.values()] == [True, True, True, False]
+    last = model(torch.randn(1, 3, 64, 64))[3]
+    assert last.std() > 1e-4
+    last.square().sum().backward()
+    assert all(p.grad.any() for n, p in model.prompts['stage4'].named_parameters()
+               if 'bias' not in n)
+    cfg['prompt']['zero_init'] = True
+    with pytest.raises(ValueError, match="last_stage='serial' .* would kill the features"):
+        build(cfg)
 
 
 def test_the_interface_is_no_promise_of_every_block():
