@@ -152,8 +152,10 @@ def _prepare(where: str, backbone: nn.Module, own: dict[str, Tensor]) -> None:
     own.update((f'backbone.{key}', tensor) for key, tensor in inner.items())
 
 
-def _check_function(where: str, module: nn.Module, found: Tensor, own: Tensor) -> None:
-    """Raises where a network of the same weights computes something else."""
+def _check_function(where: str, module: nn.Module, found: Tensor, own: Tensor,
+                    frozen: Mapping[str, Tensor] | None = None) -> None:
+    """Raises where a network of the same weights, or of those in ``frozen``, computes something
+    else."""
     if found.shape != own.shape:
         raise IncompleteCheckpoint(f'{where}: {FUNCTION}: expected {tuple(own.shape)}, '
                                    f'got {tuple(found.shape)}')
@@ -162,6 +164,11 @@ def _check_function(where: str, module: nn.Module, found: Tensor, own: Tensor) -
     lowest = min((t.element_size() for t in module.frozen_tensors().values()
                   if t.is_floating_point()), default=4)
     tolerance = FUNCTION_TOLERANCE * (1 if lowest >= 4 else 6)
+    if max(plain, prompted) > tolerance:
+        # Older versions took an image of another size for some backbones.
+        former = module.function_of(frozen, former=True)
+        if former.any():
+            plain, prompted = module.function_distance(found, former)
     if plain > tolerance:
         raise FunctionMismatch(
             f'{where}: the checkpoint has the weights of this backbone, but was trained with one '
@@ -265,7 +272,7 @@ def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
         has_function = same and function is not None and all(
             own.get(key) is tensor for key, tensor in came.items())
         if has_function:
-            _check_function(where, module, function, module.function_of(coming))
+            _check_function(where, module, function, module.function_of(coming), coming)
         full_load = _FullLoad(coming, has_function=has_function, checked=checked,
                               cast=_was_cast(module, present, coming))
     module.__dict__['_incoming'] = prefix, full_load

@@ -6,19 +6,20 @@ keys of the state dict stay as they are.
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from .dry_run import DryRun
-from .folding import Pair, find_pairs, fold
+from .folding import TOLERANCE, Pair, distance, find_pairs, fold, unfold
 from .graph import LeanState
 from .layers import LeanLayer
-from .memory import kept_bytes
+from .memory import KeptBytes
 from .options import LeanOptions, LeanReport
-from .prompts import PromptState, set_saved
-from .recompute import plan
+from .prompts import PromptState, observed
+from .recompute import Planner
 from .table import (
     ATTENTION,
     DROPS_WEIGHTS,
@@ -37,11 +38,13 @@ def make_lean(module: nn.Module,
               lean: bool | Mapping | LeanOptions = True,
               root: nn.Module | None = None,
               key: str = 'lean',
-              prompts: nn.Module | None = None) -> LeanReport:
+              prompts: nn.Module | None = None,
+              shape: tuple[int, int, int] | None = None) -> LeanReport:
     """Makes the frozen layers of a network lean, in place.
 
-    Runs the network a few times on a small noise image, in eval mode and without touching any
-    state, to see which norm follows which convolution and what is worth computing again.
+    Runs the network twice on a small noise image, in eval mode and without touching any state: as
+    it was, to see which norm follows which convolution, and lean, to see what is worth computing
+    again and that the outputs are the same.
 
     Args:
         module (nn.Module): The network. Layers with a parameter that trains stay as they are.
@@ -51,6 +54,8 @@ def make_lean(module: nn.Module,
         key (str): The config key of ``lean``, for error messages. Defaults to 'lean'.
         prompts (nn.Module, optional): Holds prompt blocks that run inside of ``root``; see
             :mod:`~mmprotune.lean.prompts`. Defaults to None.
+        shape (tuple[int, int, int], optional): An image shape (C, H, W) at which the network is
+            known to run. Defaults to None.
 
     Returns:
         LeanReport: What was done.
@@ -65,20 +70,30 @@ def make_lean(module: nn.Module,
     for part in (module, prompts):
         if part is not None:
             restore(part)
-    dry_run = DryRun(module if root is None else root, module)
-    pairs = find_pairs(module, dry_run) if options.fold and dry_run.shape else []
+    dry_run = DryRun(module if root is None else root, module, shape)
+    pairs, expected = find_pairs(module, dry_run)
     _swap(module, options, report)
-    if prompts is not None and options.prompts:
-        set_saved(prompts, options.prompts, dry_run)
-    if dry_run.shape is None:
-        report.remarks.append(f'the network ran at no usual image size ({dry_run.error}), so '
-                              'nothing is folded or computed again')
-        return report
-    if options.fold:
-        _fold(module, pairs, dry_run, report)
-    report.recomputed = plan(module, options.budget, dry_run)
-    counted = kept_bytes(module, dry_run)
-    report.kept = sum(counted.values())
+    with contextlib.ExitStack() as stack:
+        if prompts is not None and options.prompts:
+            stack.enter_context(observed(prompts, options.prompts))
+        if dry_run.shape is None:
+            report.remarks.append(f'the network ran at no usual image size ({dry_run.error}), so '
+                                  'nothing is folded or computed again')
+            return report
+        if options.fold:
+            _fold(module, pairs, report)
+        planner = stack.enter_context(Planner(module)) if options.budget else None
+        with KeptBytes(dry_run.root) as kept:
+            outputs = dry_run()
+            counted = kept.inside(module)
+    if options.fold and (error := distance(outputs, expected)) > TOLERANCE:
+        unfold(module)
+        report.folded = []
+        report.remarks.append(f'folding moved outputs by {error:.1e}, so nothing is folded '
+                              '(as with fold=False)')
+    if planner is not None:
+        report.recomputed = planner.choose(options.budget)
+    report.kept = sum(counted.values()) + (planner.left if planner else 0)
     report.ordinary = {path: n for path, n in counted.items()
                        if not isinstance(module.get_submodule(path), LeanLayer)}
     return report
@@ -120,7 +135,7 @@ def store_weights(module: nn.Module,
         ValueError: The network does not run with such weights.
     """
     dry_run = DryRun(module if root is None else root, module)
-    ran, kept = dry_run.shape is not None, []
+    ran, kept = dry_run.start() is not None, []
     # These compute with the weights of their children, too.
     foreign = {child for parent in module.modules() if isinstance(parent, nn.MultiheadAttention)
                and not isinstance(parent, LeanLayer) for child in parent.modules()}
@@ -158,15 +173,11 @@ def _swap(module: nn.Module, options: LeanOptions, report: LeanReport) -> None:
         state.drops_weights = child in parents and forward_name(parents[child]) in DROPS_WEIGHTS
 
 
-def _fold(module: nn.Module, pairs: list[tuple[nn.Module, nn.Module]], dry_run: DryRun,
+def _fold(module: nn.Module, pairs: list[tuple[nn.Module, nn.Module]],
           report: LeanReport) -> None:
     places = {child: (parent, name) for parent in module.modules()
               for name, child in parent.named_children()}
     pairs = [Pair(conv, norm, *places[norm], module) for conv, norm in pairs
              if isinstance(conv, LeanLayer) and isinstance(norm, LeanLayer)]
-    error = fold(module, pairs, dry_run)
-    if error is None:
-        report.folded = [(p.conv.lean.name, p.norm.lean.name) for p in pairs]
-    else:
-        report.remarks.append(f'folding moved outputs by {error:.1e}, so nothing is folded '
-                              '(as with fold=False)')
+    fold(module, pairs)
+    report.folded = [(p.conv.lean.name, p.norm.lean.name) for p in pairs]

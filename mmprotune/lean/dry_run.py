@@ -2,40 +2,38 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .graph import run_folded
 
-# Image sizes (H, W) tried in turn: not square first, which tells height from width.
+# Image sizes (H, W) tried in turn, small ones first: not square, which tells height from width.
 IMAGE_SIZES = ((64, 96), (128, 192), (224, 224), (256, 256), (384, 384))
 # Channels tried in turn.
 IMAGE_CHANNELS = (3, 1)
-# Work is compared at a usual size: on small images, padding distorts it.
-USUAL_SIZE = (224, 224)
 
 
 def image_shapes(network: nn.Module) -> list[tuple[int, int, int]]:
-    """Shapes (C, H, W) to try: the size that the network says it was built for, usual ones, then
-    those that its parts name (timm's patch embeddings); in colour first. Sizes that are larger than
-    all usual ones come last: at 768 px, a ViT-L takes a minute for one run on a CPU.
+    """Shapes (C, H, W) to try: usual sizes, then those that the network and its parts say they were
+    built for; in colour first.
 
     Args:
         network (nn.Module): Takes images of shape (N, C, H, W).
     """
-    sizes = list(IMAGE_SIZES)
-    for module in network.modules():
-        fixed = getattr(module, 'img_size', None) or getattr(module, 'image_size', None)
-        if fixed is None:
-            continue
-        fixed = (fixed, fixed) if isinstance(fixed, int) else tuple(fixed)[-2:]
-        if module is network and max(fixed) <= max(map(max, IMAGE_SIZES)):
-            sizes.insert(0, fixed)
-        elif fixed not in sizes:
-            sizes.append(fixed)
+    sizes = dict.fromkeys((*IMAGE_SIZES, *own_sizes(network)))
     return [(channels, *size) for channels in IMAGE_CHANNELS for size in sizes]
+
+
+def own_sizes(network: nn.Module) -> list[tuple[int, int]]:
+    """Image sizes (H, W) that a network and its parts say they were built for."""
+    found = []
+    for module in network.modules():
+        size = getattr(module, 'img_size', None) or getattr(module, 'image_size', None)
+        if size is not None:
+            found.append((size, size) if isinstance(size, int) else tuple(size)[-2:])
+    return list(dict.fromkeys(found))
 
 
 def noise(network: nn.Module, shape: tuple[int, int, int], batch: int) -> Tensor:
@@ -95,59 +93,64 @@ class DryRun:
     Args:
         root (nn.Module): What takes images and runs the network.
         network (nn.Module): The network.
+        shape (tuple[int, int, int], optional): An image shape (C, H, W) at which the network is
+            known to run. Defaults to None.
 
     Attributes:
-        shape (tuple[int, int, int], optional): The first image shape (C, H, W) at which the network
-            runs; None where it runs at none.
+        shape (tuple[int, int, int], optional): The image shape at which the network runs; None
+            before :meth:`start`, and where it runs at none.
         error (str, optional): Why it did not run at the first shape tried.
     """
 
-    def __init__(self, root: nn.Module, network: nn.Module) -> None:
+    def __init__(self, root: nn.Module, network: nn.Module,
+                 shape: tuple[int, int, int] | None = None) -> None:
         self.root = root
         self.error: str | None = None
         # Of the images, also once weights are stored in another precision.
         self._dtype = noise(root, (1, 1, 1), 1).dtype
         self._trains = any(p.requires_grad for p in root.parameters())
+        self._shapes = image_shapes(network)
+        if shape is not None:
+            # Not the smallest, if it can be: on small images padding distorts what layers cost.
+            self._shapes = [(shape[0], *IMAGE_SIZES[1]), shape]
+        else:
+            self._shapes[:2] = self._shapes[1::-1]
         self.shape: tuple[int, int, int] | None = None
-        for shape in image_shapes(network):
-            self.shape = shape
-            if self() is not None:
-                return
-        self.shape = None
 
-    def __call__(self, through: bool = False,
-                 size: tuple[int, int] | None = None) -> list[Tensor] | None:
-        """Runs the network once, in a graph.
+    def start(self, before: Callable[[], object] = lambda: None) -> list[Tensor] | None:
+        """Runs the network at the first shape that it accepts, in a graph that goes through all
+        layers and holds no tensors.
+
+        Args:
+            before (Callable): Called before each try. Defaults to nothing.
+
+        Returns:
+            list[Tensor], optional: The outputs; None where it runs at none.
+        """
+        for self.shape in self._shapes:
+            before()
+            with nothing_saved():
+                outputs = self(through=True)
+            if outputs is not None:
+                return outputs
+        self.shape = None
+        return None
+
+    def __call__(self, through: bool = False) -> list[Tensor] | None:
+        """Runs the network once, in a graph, on the same image as ever.
 
         Args:
             through (bool): Whether the image requires a gradient, so that the graph goes through
                 all layers. Otherwise only where nothing trains. Defaults to False.
-            size (tuple[int, int], optional): Of the image. Defaults to None: that of ``shape``.
 
         Returns:
             list[Tensor], optional: The outputs; None where the network does not run.
         """
-        return self._run(1, size, through or not self._trains)
-
-    def infer(self) -> list[Tensor] | None:
-        """Runs the network once, on two images of a usual size and without a graph.
-
-        Returns:
-            list[Tensor], optional: The outputs; None where the network does not run.
-        """
-        outputs = self._run(2, USUAL_SIZE, None)
-        return self._run(2, None, None) if outputs is None else outputs
-
-    def _run(self, batch: int, size: tuple[int, int] | None,
-             through: bool | None) -> list[Tensor] | None:
-        """``through`` is None for no graph."""
         # Leaving inference mode switches gradients on, so that they are set last.
-        with undisturbed(self.root), torch.inference_mode(False), torch.set_grad_enabled(
-                through is not None):
-            shape = self.shape if size is None else (self.shape[0], *size)
-            images = noise(self.root, shape, batch).to(self._dtype)
+        with undisturbed(self.root), torch.inference_mode(False), torch.enable_grad():
+            images = noise(self.root, self.shape, 1).to(self._dtype)
             try:
-                images = images.requires_grad_(bool(through))
+                images = images.requires_grad_(through or not self._trains).clone()
                 return list(tensors_in(run_folded(self.root, images)))
             except Exception as error:  # whatever it is: not at this size
                 self.error = self.error or f'{type(error).__name__}: {error}'

@@ -6,7 +6,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .dry_run import DryRun, nothing_saved
+from .dry_run import DryRun
 from .graph import is_recorded, is_running
 from .layers import BatchNorm, Conv, LeanLayer
 from .table import lean_type
@@ -43,16 +43,15 @@ class Pair:
     def is_active(self) -> bool:
         """Whether the two are one now: while their network runs, and not where somebody calls the
         convolution by itself. Hooks on either see what they would see in the stock network, so with
-        hooks they are two (but with those behind the norm that say ``reads_output_only``, whose
-        output is the same); so they are once somebody replaces the norm (MMEngine's
+        hooks they are two (but with those that say ``allows_folding``); so they are once somebody replaces the norm (MMEngine's
         ``revert_sync_batchnorm`` does), the way that one of them is called, or lets one of them
         train, and while the network is recorded."""
         conv, norm = self.conv, self.norm
         return self.parent._modules.get(self.name) is norm and not is_recorded() and is_running(
         ) and not (
-            norm.training or conv._forward_hooks
-            or not all(getattr(hook, 'reads_output_only', False)
-                       for hook in norm._forward_hooks.values())
+            norm.training
+            or not all(getattr(hook, 'allows_folding', False)
+                       for hook in (*conv._forward_hooks.values(), *norm._forward_hooks.values()))
             or norm._forward_pre_hooks or conv._backward_hooks or norm._backward_hooks
             or conv._backward_pre_hooks or norm._backward_pre_hooks
             or 'forward' in conv.__dict__ or 'forward' in norm.__dict__
@@ -72,12 +71,17 @@ class Pair:
             return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
 
 
-def find_pairs(module: nn.Module, dry_run: DryRun) -> list[tuple[nn.Module, nn.Module]]:
+def find_pairs(module: nn.Module, dry_run: DryRun) -> tuple[
+        list[tuple[nn.Module, nn.Module]], list[Tensor]]:
     """Frozen convolutions, each with the one frozen norm that alone reads its output.
 
     Args:
         module (nn.Module): The network, not lean yet.
-        dry_run (DryRun): Runs it.
+        dry_run (DryRun): Runs it, for the first time.
+
+    Returns:
+        tuple[list[tuple[nn.Module, nn.Module]], list[Tensor]]: The pairs, and what the network
+        returned.
     """
 
     def candidates(lean: type) -> list[nn.Module]:
@@ -103,8 +107,8 @@ def find_pairs(module: nn.Module, dry_run: DryRun) -> list[tuple[nn.Module, nn.M
     handles = [m.register_forward_hook(note_output) for m in candidates(Conv)]
     handles += [m.register_forward_pre_hook(note_input) for m in candidates(BatchNorm)]
     try:
-        with nothing_saved():
-            readers = _count_readers(dry_run(through=True) or [])
+        outputs = dry_run.start(lambda: (made.clear(), read.clear(), nodes.clear())) or []
+        readers = _count_readers(outputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -116,7 +120,7 @@ def find_pairs(module: nn.Module, dry_run: DryRun) -> list[tuple[nn.Module, nn.M
         if (norm is not None and len(tensors) == 1 and tensors[0].grad_fn is nodes[id(tensors[0])]
                 and readers.get(tensors[0].grad_fn) == 1):
             pairs.append((conv, norm))
-    return pairs
+    return pairs, [output.detach() for output in outputs]
 
 
 def _count_readers(outputs: list[Tensor]) -> dict[object, int]:
@@ -136,29 +140,18 @@ def _count_readers(outputs: list[Tensor]) -> dict[object, int]:
     return readers
 
 
-def fold(module: nn.Module, pairs: list[Pair], dry_run: DryRun) -> float | None:
-    """Folds norms into convolutions and lets all lean layers round differently, and undoes both
-    should the outputs not be the same.
+def fold(module: nn.Module, pairs: list[Pair]) -> None:
+    """Folds norms into convolutions, and lets all lean layers round differently.
 
     Args:
         module (nn.Module): The lean network.
         pairs (list[Pair]): What to fold.
-        dry_run (DryRun): Runs the network.
-
-    Returns:
-        float, optional: None where they are folded; else how far it moved outputs.
     """
-    expected = dry_run.infer()
     for layer in module.modules():
         if isinstance(layer, LeanLayer):
             layer.lean.rounds = True
     for pair in pairs:
         pair.conv.lean.pair = pair.norm.lean.pair = pair
-    error = _distance(dry_run.infer(), expected)
-    if error <= TOLERANCE:
-        return None
-    unfold(module)
-    return error
 
 
 def unfold(module: nn.Module) -> None:
@@ -172,8 +165,9 @@ def unfold(module: nn.Module) -> None:
             layer.lean.pair, layer.lean.rounds = None, False
 
 
-def _distance(found: list[Tensor] | None, expected: list[Tensor] | None) -> float:
-    """How far the outputs of a network have moved; infinite where it did not run."""
+def distance(found: list[Tensor] | None, expected: list[Tensor] | None) -> float:
+    """How far the outputs of a network have moved, relative to their largest values; infinite where
+    it did not run."""
     if found is None or expected is None or len(found) != len(expected):
         return float('inf')
     return max((_difference(a, b) for a, b in zip(found, expected)), default=0.)
@@ -182,4 +176,4 @@ def _distance(found: list[Tensor] | None, expected: list[Tensor] | None) -> floa
 def _difference(found: Tensor, expected: Tensor) -> float:
     if not expected.is_floating_point() or not expected.numel():
         return 0.
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    return float((found.detach() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

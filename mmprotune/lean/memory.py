@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from .dry_run import DryRun
 
 
 class _Saved:
@@ -100,25 +99,15 @@ class KeptBytes:
                     counted[saved.path] += size
         return dict(counted)
 
+    def inside(self, module: nn.Module) -> dict[str, int]:
+        """Bytes kept now within one module of the network, by dotted name in it."""
+        prefix = f'{self._paths[module]}.' if self._paths[module] else ''
+        return {f'{path}.'[len(prefix):-1]: n for path, n in self.by_module().items()
+                if f'{path}.'.startswith(prefix)}
+
     def total(self) -> int:
         """Bytes kept now."""
         return sum(self.by_module().values())
-
-
-def kept_bytes(module: nn.Module, dry_run: DryRun) -> dict[str, int]:
-    """Bytes that the backward pass keeps for a network, by dotted name of the module in it.
-
-    Args:
-        module (nn.Module): The network.
-        dry_run (DryRun): Runs it, with what trains around it.
-    """
-    with KeptBytes(dry_run.root) as kept:
-        outputs = dry_run()
-    prefix = next(path for path, m in dry_run.root.named_modules() if m is module)
-    counted = {f'.{path}': n for path, n in kept.by_module().items()}
-    del outputs
-    start = f'.{prefix}.' if prefix else '.'
-    return {path[len(start):]: n for path, n in counted.items() if f'{path}.'.startswith(start)}
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:

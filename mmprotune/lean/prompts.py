@@ -17,7 +17,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from .dry_run import DryRun
 from .graph import FrozenLayerError, is_recorded
 from .layers import stand_in
 from .memory import CountedAs
@@ -41,8 +40,9 @@ class PromptState:
         self.saves, self.first, self.observer = saves, '', None
 
 
-def set_saved(prompts: nn.Module, saves: str, dry_run: DryRun) -> None:
-    """Sets what prompt blocks save.
+@contextlib.contextmanager
+def observed(prompts: nn.Module, saves: str) -> Iterator[None]:
+    """Sets what prompt blocks save, by a run of their network in a graph while this is open.
 
     'output' becomes 'bottleneck' for blocks whose prompt is not added, and for those whose prompted
     feature the network changes in place.
@@ -50,18 +50,17 @@ def set_saved(prompts: nn.Module, saves: str, dry_run: DryRun) -> None:
     Args:
         prompts (nn.Module): Holds the blocks.
         saves (str): See ``prompts`` of :class:`~mmprotune.lean.options.LeanOptions`.
-        dry_run (DryRun): Runs the network with its prompts.
     """
     blocks = [block for block in prompts.modules() if _has_halves(block)]
     added: dict[nn.Module, list[tuple[Tensor, int]]] = {}
     for block in blocks:
         block.__dict__['lean'] = state = PromptState('bottleneck' if saves == 'output' else saves)
         state.observer = lambda y, block=block: added.setdefault(block, []).append((y, y._version))
-    ran = saves != 'input' and dry_run.shape is not None and dry_run() is not None
+    yield
     for block in blocks:
         block.lean.observer = None
         sums = added.get(block)
-        if saves == 'output' and ran and sums and all(y._version == v for y, v in sums):
+        if saves == 'output' and sums and all(y._version == version for y, version in sums):
             block.lean.saves = 'output'
 
 

@@ -2,32 +2,44 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from .dry_run import USUAL_SIZE, DryRun
 from .graph import LeanState, Producer
 from .layers import Conv, Linear
 from .table import ATTENTION
 
 
-def plan(module: nn.Module, budget: float, dry_run: DryRun) -> list[str]:
-    """Chooses what the backward pass computes again: most bytes for a multiplication first.
+class Planner:
+    """Chooses what the backward pass computes again, from a run of the lean network in a graph
+    while this context is open. In that run everything that could be is computed again.
 
     Args:
         module (nn.Module): The lean network.
-        budget (float): See ``recompute`` of :class:`~mmprotune.lean.options.LeanOptions`.
-        dry_run (DryRun): Runs it.
 
-    Returns:
-        list[str]: Names of the layers that are applied again.
+    Attributes:
+        left (int): Bytes that the choice leaves in memory and that run did not keep.
     """
-    if not budget:
-        return []
-    layers = [m for m in module.modules() if isinstance(m, (Conv, Linear, *ATTENTION))]
-    found: dict[tuple[LeanState, ...], tuple[int, int]] = {}
-    work = 0
 
-    def note_work(layer, args, output) -> None:
-        nonlocal work
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = [m for m in module.modules() if isinstance(m, (Conv, Linear, *ATTENTION))]
+        self._found: dict[tuple[LeanState, ...], tuple[int, int]] = {}
+        self._work = 0
+        self._handles: list[RemovableHandle] = []
+        self.left = 0
+
+    def __enter__(self) -> Planner:
+        self._handles = [layer.register_forward_hook(self._note_work) for layer in self._layers]
+        for layer in self._layers:
+            layer.lean.recomputes, layer.lean.observer = True, self._observe
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._layers:
+            layer.lean.recomputes, layer.lean.observer = False, None
+
+    def _note_work(self, layer: nn.Module, args: tuple, output) -> None:
         output = output[0] if isinstance(output, tuple) else output
         if isinstance(layer, ATTENTION):
             # Its projections may be no modules of their own.
@@ -35,34 +47,35 @@ def plan(module: nn.Module, budget: float, dry_run: DryRun) -> list[str]:
             flops = 0 if weight is None else output.numel() // output.size(-1) * weight.numel()
         else:
             flops = _flops(layer, args[0], output)
-        work += flops * (2 if output.requires_grad else 1)
+        self._work += flops * (2 if output.requires_grad else 1)
 
-    def observe(producer: Producer, saved: int) -> None:
-        bytes_, flops = found.get(producer.owners, (0, 0))
-        found[producer.owners] = bytes_ + saved, flops + producer.flops
+    _note_work.allows_folding = True
 
-    handles = [layer.register_forward_hook(note_work) for layer in layers]
-    for layer in layers:
-        layer.lean.recomputes, layer.lean.observer = True, observe
-    try:
-        if dry_run(size=USUAL_SIZE) is None:
-            found.clear()
-            work = 0
-            dry_run()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer in layers:
-            layer.lean.recomputes, layer.lean.observer = False, None
-    used, chosen = 0, []
-    for owners in sorted(found, key=lambda o: found[o][0] / found[o][1], reverse=True):
-        saved, flops = found[owners]
-        if saved > 0 and used + flops <= budget * work:
-            used += flops
-            for owner in owners:
-                owner.recomputes = True
-                chosen.append(owner.name)
-    return chosen
+    def _observe(self, producer: Producer, saved: int) -> None:
+        bytes_, flops = self._found.get(producer.owners, (0, 0))
+        self._found[producer.owners] = bytes_ + saved, flops + producer.flops
+
+    def choose(self, budget: float) -> list[str]:
+        """Most bytes for a multiplication first.
+
+        Args:
+            budget (float): See ``recompute`` of :class:`~mmprotune.lean.options.LeanOptions`.
+
+        Returns:
+            list[str]: Names of the layers that are applied again.
+        """
+        used, chosen = 0, []
+        found = self._found
+        for owners in sorted(found, key=lambda o: found[o][0] / found[o][1], reverse=True):
+            saved, flops = found[owners]
+            if saved > 0 and used + flops <= budget * self._work:
+                used += flops
+                for owner in owners:
+                    owner.recomputes = True
+                    chosen.append(owner.name)
+            else:
+                self.left += max(saved, 0)
+        return chosen
 
 
 def _flops(layer: nn.Module, x: Tensor, output: Tensor) -> int:

@@ -109,7 +109,7 @@ def pinned(owner: nn.Module, frozen: Mapping[str, Tensor] | None = None) -> Iter
 
 
 def function_of(owner: nn.Module, frozen: Mapping[str, Tensor] | None = None,
-                trace: Trace | None = None) -> Tensor:
+                trace: Trace | None = None, former: bool = False) -> Tensor:
     """Summarises what a prompted backbone returns for a small image, without prompts and with them,
     where everything that trains has fixed values.
 
@@ -119,6 +119,8 @@ def function_of(owner: nn.Module, frozen: Mapping[str, Tensor] | None = None,
             name in ``owner.backbone``. Defaults to None.
         trace (Trace, optional): A dry run of ``owner.backbone`` with the values that it is to have
             here and without prompts, which saves one. Defaults to None.
+        former (bool): Whether to take the image size that the backbone says it was built for, as
+            older versions did. Defaults to False.
 
     Returns:
         Tensor: uint8 of shape (PACKED_BYTES, ); zeros where it runs at no usual image size.
@@ -127,6 +129,10 @@ def function_of(owner: nn.Module, frozen: Mapping[str, Tensor] | None = None,
     # Weights that are stored in 16 bits compute in the precision of their input.
     dtype = torch.float32 if torch.float32 in dtypes else next(iter(dtypes), torch.float32)
 
+    shapes = image_shapes(owner.backbone) if trace is None else [trace.shape]
+    if former:
+        size = getattr(owner.backbone, 'img_size', None)
+        shapes = [] if size is None else [(3, *((size, size) if isinstance(size, int) else size))]
 
     def run(shape: tuple[int, int, int], plain: bool) -> Tensor:
         images = noise(owner.backbone, shape, BATCH)
@@ -137,7 +143,7 @@ def function_of(owner: nn.Module, frozen: Mapping[str, Tensor] | None = None,
             return summary(tensors_in(owner.backbone(images.to(dtype))))
 
     with pinned(owner, frozen), undisturbed(owner), torch.inference_mode(False), torch.no_grad():
-        for shape in image_shapes(owner.backbone):
+        for shape in shapes:
             with contextlib.suppress(Exception):  # whatever it is: not at this size
                 plain = run(shape, plain=True)
                 return pack([plain, run(shape, plain=False) if owner.stages else plain])

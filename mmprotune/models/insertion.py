@@ -55,7 +55,7 @@ class Tap:
     """
 
     # A norm with this hook may still be computed as part of the convolution before it.
-    reads_output_only = True
+    allows_folding = True
 
     def __init__(self, owner: nn.Module, stage: Stage) -> None:
         self.owner = owner

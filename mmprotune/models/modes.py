@@ -14,10 +14,10 @@ from torch import nn
 from mmprotune.lean.dry_run import image_shapes, noise, tensors_in, undisturbed
 
 from . import calls
-from .trace import BATCH, returns_more_in_training
+from .trace import BATCH, Trace
 
 
-def modules_with_mode(owner: nn.Module) -> frozenset[str]:
+def modules_with_mode(owner: nn.Module, trace: Trace | None = None) -> frozenset[str]:
     """Finds the modules that have to follow ``train()`` although they are frozen: in training the
     backbone returns other tensors, in number or in shape, because of them.
 
@@ -27,12 +27,20 @@ def modules_with_mode(owner: nn.Module) -> frozenset[str]:
 
     Args:
         owner (nn.Module): The prompted backbone around it.
+        trace (Trace, optional): A dry run of ``owner.backbone`` in eval mode without prompts, which
+            saves one. Defaults to None.
 
     Returns:
         frozenset[str]: Dotted names in ``owner.backbone``; '' for the backbone itself.
     """
-    if returns_more_in_training(owner):
-        return frozenset([''])
+    shapes = image_shapes(owner.backbone) if trace is None else [trace.shape]
+    plain = None if trace is None else [trace.shape, *(tuple(t.shape) for t in trace.outputs)]
+    forward = getattr(type(owner.backbone).forward, '__code__', None)
+    if 'training' in getattr(forward, 'co_names', ()):
+        plain = plain or _returned(owner, frozenset(), shapes)
+        wanted = _returned(owner, frozenset(['']), shapes)
+        if None not in (plain, wanted) and len(plain) != len(wanted):
+            return frozenset([''])
     kinds: dict[type, set[str]] = {}
     for path, module in owner.backbone.named_modules():
         # Layers without weights (drop path) draw at random, and no more.
@@ -41,12 +49,12 @@ def modules_with_mode(owner: nn.Module) -> frozenset[str]:
     told = frozenset().union(*kinds.values())
     if not told:
         return told
-    plain, wanted = _shapes(owner, frozenset()), _shapes(owner, told)
+    plain, wanted = plain or _returned(owner, frozenset(), shapes), _returned(owner, told, shapes)
     # Of images of the same shape, or they say nothing.
     if None in (plain, wanted) or plain[0] != wanted[0] or plain == wanted:
         return frozenset()
     for paths in kinds.values():  # those that it does not depend on stay in eval mode
-        if _shapes(owner, told - paths) == wanted:
+        if _returned(owner, told - paths, shapes) == wanted:
             told -= paths
     return told
 
@@ -65,14 +73,15 @@ def _asks_for_mode(module: nn.Module) -> bool:
     return False
 
 
-def _shapes(owner: nn.Module, told: frozenset[str]) -> list[tuple[int, ...]] | None:
-    """Shape of an image at which the backbone runs without prompts while the modules ``told`` are
+def _returned(owner: nn.Module, told: frozenset[str],
+              shapes: list[tuple[int, int, int]]) -> list[tuple[int, ...]] | None:
+    """The first shape of an image at which the backbone runs without prompts while the modules ``told`` are
     in training mode, then those of what it returns; None where it runs at no usual size."""
     backbone = owner.backbone
     with undisturbed(owner), torch.no_grad():
         for path in told:
             backbone.get_submodule(path).training = True
-        for shape in image_shapes(backbone):
+        for shape in shapes:
             with contextlib.suppress(Exception), \
                     calls.opened(owner, calls.Call(shape[1:], plain=True)):
                 outputs = backbone(noise(backbone, shape, BATCH))

@@ -161,11 +161,10 @@ class PromptedBackbone(BaseModule):
         self.register_buffer('frozen_function', torch.zeros(PACKED_BYTES, dtype=torch.uint8))
         self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
         self.frozen_function.copy_(function_of(self, trace=trace))
-        del trace
-        self.names_with_mode = modules_with_mode(self)
+        self.names_with_mode = modules_with_mode(self, trace)
         self.lean_report = LeanReport()
         if lean is not False:
-            self._make_lean(LeanOptions.parse(lean), backbone_dtype)
+            self._make_lean(LeanOptions.parse(lean), backbone_dtype, trace)
         self.refresh_fingerprint()
         self._register_state_dict_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_after_load)
@@ -212,8 +211,11 @@ class PromptedBackbone(BaseModule):
                              f'last_stage={self.last_stage!r}; prompt=None is the way to have none')
         return trace
 
-    def _make_lean(self, options: LeanOptions, backbone_dtype: str | None) -> None:
-        self.lean_report = make_lean(self.backbone, options, root=self, prompts=self.prompts)
+    def _make_lean(self, options: LeanOptions, backbone_dtype: str | None,
+                   trace: Trace | None) -> None:
+        self.lean_report = make_lean(
+            self.backbone, options, root=self, prompts=self.prompts,
+            shape=None if trace is None else trace.shape)
         name = type(self.backbone).__name__
         level = logging.WARNING if self.lean_report.remarks else logging.INFO
         print_log(f'lean {name}: {self.lean_report}', logger='current', level=level)
@@ -401,10 +403,11 @@ class PromptedBackbone(BaseModule):
                 max(difference(function, self.frozen_function)) > ROUNDING:
             self.frozen_function.copy_(function)
 
-    def function_of(self, frozen: Mapping[str, Tensor] | None = None) -> Tensor:
+    def function_of(self, frozen: Mapping[str, Tensor] | None = None,
+                    former: bool = False) -> Tensor:
         """What ``frozen_function`` would be now, or with other values for the frozen tensors; see
         :func:`mmprotune.models.identity.function_of`."""
-        return function_of(self, frozen)
+        return function_of(self, frozen, former=former)
 
     @staticmethod
     def function_distance(first: Tensor, second: Tensor) -> tuple[float, float]:

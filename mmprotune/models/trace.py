@@ -19,7 +19,6 @@ from mmprotune.lean.dry_run import (
     undisturbed,
 )
 
-from . import calls
 from .layout import Layout, describe
 
 # Images of a dry run.
@@ -255,26 +254,3 @@ def dry_run(backbone: nn.Module) -> Trace:
     raise StageError(
         f'backbone: {type(backbone).__name__} ran at none of the image sizes {sizes}; the last '
         f'error: {type(error).__name__}: {error}')
-
-
-def returns_more_in_training(owner: nn.Module) -> bool:
-    """Whether a backbone itself, not a layer of it, returns other outputs in training.
-
-    Args:
-        owner (nn.Module): The prompted backbone around it.
-    """
-    backbone = owner.backbone
-    forward = getattr(type(backbone).forward, '__code__', None)
-    if 'training' not in getattr(forward, 'co_names', ()):
-        return False
-    counts = {}
-    for mode in (False, True):
-        with undisturbed(owner), torch.no_grad():
-            backbone.training = mode
-            for shape in image_shapes(backbone):
-                with contextlib.suppress(Exception), \
-                        calls.opened(owner, calls.Call(shape[1:], plain=True)):
-                    outputs = backbone(noise(backbone, shape, BATCH))
-                    counts[mode] = len(list(tensors_in(outputs)))
-                    break
-    return len(set(counts.values())) == 2
