@@ -127,7 +127,8 @@ class DryRun:
         Returns:
             list[Tensor], optional: The outputs; None where it runs at none.
         """
-        for self.shape in self._shapes:
+        for shape in self._shapes:
+            self.shape = shape
             before()
             with nothing_saved():
                 outputs = self(through=True)

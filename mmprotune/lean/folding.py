@@ -43,9 +43,9 @@ class Pair:
     def is_active(self) -> bool:
         """Whether the two are one now: while their network runs, and not where somebody calls the
         convolution by itself. Hooks on either see what they would see in the stock network, so with
-        hooks they are two (but with those that say ``allows_folding``); so they are once somebody replaces the norm (MMEngine's
-        ``revert_sync_batchnorm`` does), the way that one of them is called, or lets one of them
-        train, and while the network is recorded."""
+        hooks they are two (but with those that say ``allows_folding``); so they are once somebody
+        replaces the norm (MMEngine's ``revert_sync_batchnorm`` does), the way that one of them is
+        called, or lets one of them train, and while the network is recorded."""
         conv, norm = self.conv, self.norm
         return self.parent._modules.get(self.name) is norm and not is_recorded() and is_running(
         ) and not (

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 
-
 class _Saved:
     """A tensor that autograd saved; goes away together with the node that saved it."""
 

@@ -75,8 +75,8 @@ def _asks_for_mode(module: nn.Module) -> bool:
 
 def _returned(owner: nn.Module, told: frozenset[str],
               shapes: list[tuple[int, int, int]]) -> list[tuple[int, ...]] | None:
-    """The first shape of an image at which the backbone runs without prompts while the modules ``told`` are
-    in training mode, then those of what it returns; None where it runs at no usual size."""
+    """The first shape of an image at which the backbone runs without prompts while the modules
+    ``told`` are in training mode, then those of what it returns; None where there is none."""
     backbone = owner.backbone
     with undisturbed(owner), torch.no_grad():
         for path in told:

@@ -36,6 +36,27 @@ def test_kept_bytes_at_512(name):
     assert lean_bytes <= of_naive * naive_bytes
 
 
+# Places of prompts, and their prompts' parameters and kept bytes at most, of full fine-tuning.
+PLACES = [('ResNet-50', 'narrow', 0.03, 0.20), ('ConvNeXt-T', 'branches', 0.13, 0.36),
+          ('ViT-B', 'branches', 0.13, 0.36), ('Swin-T', 'blocks', 0.13, 0.36),
+          ('Swin-T', 'branches', 0.13, 0.41)]
+
+
+@pytest.mark.parametrize('name, insert, share, of_full', [
+    place if place[0] == 'ResNet-50' else pytest.param(*place, marks=pytest.mark.slow)
+    for place in PLACES], ids=lambda value: str(value))
+def test_kept_bytes_of_prompts_at_other_places(name, insert, share, of_full):
+    cfg = PROMISED[name][0]
+    x = images(2, 3, 512, 512)
+    full = build(cfg)
+    parameters = sum(p.numel() for p in full.parameters())
+    full_bytes = sum(kept_by(full.train(), x).values())
+    del full
+    model = prompted(cfg, insert=insert)
+    assert sum(p.numel() for p in model.prompts.parameters()) <= share * parameters
+    assert sum(kept_by(model, x).values()) <= of_full * full_bytes
+
+
 def test_the_backbone_keeps_bits_and_the_prompts_their_feature():
     """ResNet's own share: one bit for each output of a ReLU after the first prompt."""
     model = prompted(SMALL['resnet'])

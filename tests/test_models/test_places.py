@@ -15,9 +15,11 @@ from tests.conftest import RESNET18, build, wake
 from tests.test_models.test_insertion import SWIN
 from tests.test_models.test_layouts import HRNET, VIT
 
-RESNET50 = dict(type='ResNet', depth=50, base_channels=8, norm_eval=True, zero_init_residual=False)
-CONVNEXT = dict(type='mmpretrain.ConvNeXt', arch=dict(depths=[1, 1, 2, 1], channels=[8, 16, 32, 64]),
-                out_indices=(0, 1, 2, 3), gap_before_final_norm=False)
+RESNET50 = dict(
+    type='ResNet', depth=50, base_channels=8, norm_eval=True, zero_init_residual=False)
+CONVNEXT = dict(
+    type='mmpretrain.ConvNeXt', arch=dict(depths=[1, 1, 2, 1], channels=[8, 16, 32, 64]),
+    out_indices=(0, 1, 2, 3), gap_before_final_norm=False)
 
 
 def host(cfg):
@@ -127,7 +129,7 @@ def test_patterns_by_hand():
 
 @pytest.mark.parametrize('cfg, options, error, match', [
     (RESNET18, dict(insert='block'), ValueError, "insert must be one of .*'blocks'.*got 'block'"),
-    (RESNET18, dict(insert='blocks', last_stage='serial'), ValueError, "last_stage='serial' is for"),
+    (RESNET18, dict(insert='blocks', last_stage='serial'), ValueError, 'prompts at stage ends'),
     (RESNET18, dict(insert='blocks', stages=['layer1']), ValueError, 'stages names the places'),
     (dict(type='mmpretrain.VGG', depth=11, num_classes=-1), dict(insert='narrow'), StageError,
      "insert='narrow': no residual branch was found in VGG; others are 'stages'"),
