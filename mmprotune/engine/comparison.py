@@ -117,7 +117,9 @@ def sweep_of(plan: Plan, method: Method, results: dict[Cell, dict]) -> Sweep:
             return Sweep(flat)
         scores = {lr: mean_score([results[cell] for cell in one], plan.metric)
                   for lr, one in cells.items()}
-        best = max(rates, key=scores.get)
+        # Of equals the one in the middle: nothing speaks for going on at an end.
+        middle = (len(rates) - 1) / 2
+        best = max(rates, key=lambda lr: (scores[lr], -abs(rates.index(lr) - middle)))
         if scores[best] == -math.inf:
             return Sweep(flat, None, True)
         if best == rates[-1] and raised < EXTENSIONS:

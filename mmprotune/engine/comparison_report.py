@@ -142,8 +142,10 @@ def plot(rows: Sequence[dict], metric: str, file: Path) -> None:
             axes.errorbar(x, row['mean'], yerr=row['sd'], fmt='o', capsize=3)
             axes.annotate(row['method'], (x, row['mean']), textcoords='offset points',
                           xytext=(6, 4), fontsize=8)
-    left.set_xscale('symlog', linthresh=1e3)
-    left.set_xlim(left=0)
+    left.set_xscale('symlog', linthresh=1e3, linscale=0.5)
+    left.set_xticks([0, *(10**i for i in range(3, 10))])
+    most = max((row['trained_backbone'] for row in rows if 'kept' in row), default=1)
+    left.set_xlim(-300, 6 * max(most, 1e3))
     left.set_xlabel('parameters that train in the backbone')
     right.set_xlabel('MiB kept for the backward pass of one step')
     left.set_ylabel(metric)
