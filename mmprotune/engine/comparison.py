@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import importlib
 import json
 import math
 import multiprocessing
@@ -414,6 +415,13 @@ class _Job:
         return dict(found, seconds=seconds)
 
 
+def _import_once(library: str | None) -> None:
+    """Imports what forked processes would import one by one."""
+    for name in ('datasets', 'evaluation', 'models', 'visualization'):
+        with contextlib.suppress(ImportError):  # a library of the user's own may be built otherwise
+            importlib.import_module(f'{library}.{name}')
+
+
 @contextlib.contextmanager
 def _visible(device: str | None) -> Iterator[None]:
     """While open, processes that are started see one GPU."""
@@ -455,6 +463,8 @@ def run_all(cfg: Config, plan: Plan, split: Split | None, results: Results, fold
     """
     methods = {method.name: method for method in plan.methods}
     places = devices() or [None]
+    if places == [None]:
+        _import_once(cfg.get('default_scope'))
     active: list[_Job] = []
     try:
         while True:
