@@ -34,6 +34,7 @@ val_dataloader = dict(dataset=dict(data_root={data!r}, pipeline=pipeline))
 test_dataloader = val_dataloader
 param_scheduler = []
 train_cfg = dict(max_epochs=12)
+shifts = dict(_delete_=True)
 """
 BROKEN = """
 backbone = dict(type='mmprotune.PromptedBackbone', prompt=None)
