@@ -20,7 +20,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from mmprotune.config_nodes import find_backbones, nodes_in, type_name
-from mmprotune.engine import cli, comparison, comparison_report
+from mmprotune.engine import cli, comparison, comparison_report, comparison_runs
 from mmprotune.engine.comparison import Plan, Results
 from mmprotune.engine.holdout import Split, make_split
 from mmprotune.engine.methods import Method, read_method
@@ -203,7 +203,7 @@ def digest(content: dict) -> str:
 
 def use_no_workers(cfg: Config, args: argparse.Namespace) -> None:
     """Lets runs on a CPU load their images themselves, where --cfg-options do not say otherwise."""
-    if comparison.devices():
+    if comparison_runs.devices():
         return
     for key in ('train_dataloader', 'val_dataloader'):
         if f'{key}.num_workers' not in (args.cfg_options or {}):
@@ -219,13 +219,13 @@ def run(cfg: Config, plan: Plan, split: Split | None, results: Results,
         LaunchError: No run reports the metric.
     """
     results.forget_failures()
-    jobs = args.jobs or len(comparison.devices()) or 1
+    jobs = args.jobs or len(comparison_runs.devices()) or 1
     done = sum(cell in results.known for cell in comparison.due(plan, results.known))
     if done:
         print(f'{done} runs are in {results.file} already', flush=True)
     for cell, result in results.known.items():
         check_metric(cell, result, plan.metric)
-    for cell, result, left in comparison.run_all(
+    for cell, result, left in comparison_runs.run_all(
             cfg, plan, split, results, args.out / 'logs', jobs, args.threads):
         seconds = comparison.time_to_go(plan, results.known, left, jobs)
         told = result['error'] or (

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing.process
 import os
 import signal
 import statistics
@@ -10,7 +11,7 @@ import statistics
 import pytest
 from mmengine.config import Config
 
-from mmprotune.engine import comparison
+from mmprotune.engine import comparison_runs
 from mmprotune.engine.comparison import Cell, Plan, Results, due, sweep_of
 from mmprotune.engine.methods import Method
 from mmprotune.errors import LaunchError
@@ -75,13 +76,13 @@ def scored(monkeypatch, score) -> list[Cell]:
         if cell.phase == 'cost':
             return dict(trained_backbone=1, trained=2, kept=3, checkpoint=4)
         return dict(m=score(cell))
-    monkeypatch.setattr(comparison, 'run_cell', run_cell)  # what is forked has it too
-    begun, job = [], comparison._Job
+    monkeypatch.setattr(comparison_runs, 'run_cell', run_cell)  # what is forked has it too
+    begun, job = [], comparison_runs._Job
 
     def counted(cell, *args):
         begun.append(cell)
         return job(cell, *args)
-    monkeypatch.setattr(comparison, '_Job', counted)
+    monkeypatch.setattr(comparison_runs, '_Job', counted)
     return begun
 
 
@@ -259,6 +260,49 @@ def test_no_final_run_before_its_rate_is_known():
     for cell in later:
         results.setdefault(cell, dict(metrics=dict(m=0.), error='', seconds=1))
     assert due(plan, results)[-1] == Cell('final', 'head', 1e-2, 0)
+
+
+@pytest.mark.parametrize('schedule, key, rate', [
+    (dict(type='CosineAnnealingLR', eta_min=1e-5), 'eta_min', 1e-4),
+    (dict(type='OneCycleLR', eta_max=1e-3), 'eta_max', 1e-2),
+    (dict(type='CosineAnnealingMomentum', eta_min=0.8), 'eta_min', 0.8)])
+def test_schedules_keep_their_shape(schedule, key, rate):
+    cfg = Config(dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=1e-3)),
+                      param_scheduler=[dict(type='LinearLR', start_factor=0.1), schedule]))
+    comparison_runs.set_rate(cfg, 1e-2)
+    assert cfg.optim_wrapper.optimizer.lr == 1e-2
+    assert cfg.param_scheduler[1][key] == pytest.approx(rate)
+    assert cfg.param_scheduler[0].start_factor == 0.1
+
+
+# --- processes --------------------------------------------------------------------------------
+
+
+def test_on_gpus_each_run_sees_one(config, tmp_path, monkeypatch):
+    """Processes of their own from the ground up, which CUDA needs."""
+    monkeypatch.setattr(comparison_runs, 'devices', lambda: ['5', '7'])
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '5,7')
+    starts, start = [], multiprocessing.process.BaseProcess.start
+
+    def started(self):
+        starts.append((os.environ['CUDA_VISIBLE_DEVICES'], self._start_method))
+        start(self)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, 'start', started)
+    run(config, tmp_path, methods=['head', 'norm'], lrs=['1e-2'])
+    assert [device for device, _ in starts[:2]] == ['5', '7']
+    assert {method for _, method in starts} == {'spawn'} and len(starts) == 4
+    assert os.environ['CUDA_VISIBLE_DEVICES'] == '5,7'
+    assert not any(e['error'] for e in lines(tmp_path))
+
+
+def test_which_gpus(monkeypatch):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,1')
+    assert comparison_runs.devices() == ['3', '1']
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    assert comparison_runs.devices() == ['0', '1']
 
 
 # --- bad input --------------------------------------------------------------------------------
