@@ -124,7 +124,9 @@ def report(folder: Path, names: Sequence[str] | None = None, metric: str | None 
         raise LaunchError(f'--out: {folder} holds no comparison (no run.json)')
     about = json.loads((folder / 'run.json').read_text(encoding='utf-8'))
     results = Results(folder / 'cells.jsonl').known
-    metric = metric or about['metric']
+    metric = metric or about.get('metric')
+    if metric is None:
+        raise LaunchError(f'--metric must be given: {folder / "run.json"} names none')
     for cell, result in results.items():
         check_metric(cell, result, metric)
     names = names or [name for name in about['methods']
