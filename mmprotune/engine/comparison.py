@@ -33,7 +33,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        rest = '' if self.lr is None else f'_lr{self.lr:g}_seed{self.seed}'
+        rest = '' if self.lr is None else f'_lr{self.lr}_seed{self.seed}'
         return f'{self.phase}_{self.method}{rest}'
 
 
@@ -80,7 +80,7 @@ def sweep_of(plan: Plan, method: Method, results: dict[Cell, dict]) -> Sweep:
     The grid is extended by its own factor where the best rate is its last, at most
     ``EXTENSIONS`` times a side. A rate with a failed run counts as worse than all others.
     """
-    rates = [_rounded(lr * method.lr_scale) for lr in plan.lrs]
+    rates = [lr if method.lr_scale == 1 else _rounded(lr * method.lr_scale) for lr in plan.lrs]
     if len(rates) == 1:
         return Sweep([], rates[0], True)
     down, up = rates[0] / rates[1], rates[-1] / rates[-2]

@@ -73,6 +73,7 @@ def cell_config(cfg: Config, method: Method, cell: Cell, split: Split | None,
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if not _is_idle(hook)]
     cfg.visualizer = dict(type='mmengine.Visualizer', vis_backends=[], name=cell.name)
     cfg.work_dir, cfg.launcher, cfg.experiment_name = folder, 'none', cell.name
+    cfg.resume = False
     return cfg
 
 

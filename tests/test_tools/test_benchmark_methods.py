@@ -147,7 +147,7 @@ def test_no_image_of_the_test_chooses_a_rate(config, tmp_path):
     assert len(split['held']) == 8
     lr = next(e['lr'] for e in lines(tmp_path) if e['phase'] == 'final')
     configs = {phase: Config.fromfile(next(
-        (tmp_path / 'logs' / f'{phase}_head_lr{lr:g}_seed0').glob('*.py')))
+        (tmp_path / 'logs' / f'{phase}_head_lr{lr}_seed0').glob('*.py')))
         for phase in ('sweep', 'final')}
     sweep, final = configs['sweep'], configs['final']
     assert sweep.train_dataloader.dataset.indices == split['train']
@@ -159,6 +159,9 @@ def test_no_image_of_the_test_chooses_a_rate(config, tmp_path):
     assert sweep.get('test_dataloader') is None and final.get('test_dataloader') is None
     assert final.optim_wrapper.optimizer.lr == lr
     assert final.train_dataloader.num_workers == 0
+    # One validation a run.
+    log = (tmp_path / 'logs' / f'final_head_lr{lr}_seed0' / 'output.txt').read_text()
+    assert log.count('accuracy/top1: ') == 1
     # Nothing but logs and the config is left behind.
     assert not list(tmp_path.rglob('*.pth'))
 
@@ -239,6 +242,10 @@ def sweep_to_its_end(score, lrs=(1e-3, 3e-3, 1e-2), scale=1.) -> tuple:
 def test_the_grid_is_extended_where_its_last_rate_is_the_best(score, best, tried, edge):
     sweep, rates = sweep_to_its_end(score)
     assert (sweep.best, rates, sweep.edge, sweep.done) == (best, tried, edge, True)
+
+
+def test_rates_are_what_was_asked_for():
+    assert sweep_to_its_end(lambda lr: 0., lrs=(1e-3, 1.2345e-3, 2e-3))[1] == [1e-3, 1.2345e-3, 2e-3]
 
 
 def test_a_method_may_have_another_scale_of_rates():
