@@ -20,7 +20,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from mmprotune.config_nodes import find_backbones, nodes_in, type_name
-from mmprotune.engine import cli, comparison, comparison_report
+from mmprotune.engine import cli, comparison, comparison_report, comparison_runs
 from mmprotune.engine.comparison import Plan, Results
 from mmprotune.engine.holdout import Split, make_split
 from mmprotune.engine.methods import Method, read_method
@@ -34,13 +34,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_config_arguments(parser)
     known = ', '.join(sorted(path.stem for path in METHODS.glob('*.py')))
-    parser.add_argument('--methods', nargs='+', required=True, metavar='METHOD',
+    parser.add_argument('--methods', nargs='+', metavar='METHOD',
                         help=f'{known}, or the path of a file like those in configs/methods')
-    parser.add_argument('--lrs', nargs='+', type=float, required=True, metavar='LR',
+    parser.add_argument('--lrs', nargs='+', type=float, metavar='LR',
                         help='learning rates to choose from; of one, no sweep is made')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help='of the final runs')
     parser.add_argument('--sweep-seeds', nargs='+', type=int, default=[0], help='of the sweep')
-    parser.add_argument('--metric', required=True,
+    parser.add_argument('--metric',
                         help='what decides about rates, the larger the better: mIoU, '
                         'coco/bbox_mAP, accuracy/top1, …')
     parser.add_argument('--out', type=Path, required=True, metavar='OUT')
@@ -51,14 +51,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--threads', type=int, default=1,
                         help='of a run on a CPU (default: %(default)s)')
     parser.add_argument('--report', action='store_true',
-                        help='run nothing; write table and picture of what there is')
+                        help='run nothing; write table and picture of what OUT has')
     args = parser.parse_args(argv)
+    missing = [f'--{option}' for option in ('methods', 'lrs', 'metric')
+               if getattr(args, option) is None]
+    if missing and not args.report:
+        parser.error(f'{", ".join(missing)} must be given')
     for option in ('methods', 'lrs', 'seeds', 'sweep_seeds'):
-        values = getattr(args, option)
+        values = getattr(args, option) or ()
         if len(set(values)) < len(values):
             parser.error(f'--{option.replace("_", "-")}: a value is there twice: '
                          f'{" ".join(map(str, values))}')
-    if any(not math.isfinite(lr) or lr <= 0 for lr in args.lrs):
+    if any(not math.isfinite(lr) or lr <= 0 for lr in args.lrs or ()):
         parser.error(f'--lrs must be positive numbers, got {args.lrs}')
     if not 0 < args.holdout < 1:
         parser.error(f'--holdout must be between 0 and 1, got {args.holdout:g}')
@@ -76,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Arguments; None means the command line's.
     """
     args = parse_args(argv)
+    if args.report:
+        report(args.out, args.methods, args.metric)
+        return
     methods = [read_method(name, METHODS) for name in args.methods]
     names = [method.name for method in methods]
     if len(set(names)) < len(names):
@@ -88,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise LaunchError(f'--out: another command is at work in {args.out}') from None
-        check_run(cfg, args, methods)
+        results = Results(args.out / 'cells.jsonl')
+        check_run(cfg, args, methods, results)
         split = None
         if len(args.lrs) > 1:
             split = make_split(cfg, args.holdout, args.out)
@@ -97,14 +105,34 @@ def main(argv: Sequence[str] | None = None) -> None:
                       'or the others lack it')
         use_no_workers(cfg, args)
         plan = Plan(methods, sorted(args.lrs), args.seeds, args.sweep_seeds, args.metric)
-        results = Results(args.out / 'cells.jsonl')
-        if not args.report:
-            run(cfg, plan, split, results, args)
-        about = comparison_report.describe(
-            args.config, json.loads((args.out / 'run.json').read_text()),
-            *(len(split.held), len(split.train)) if split else (0, 0))
-        print(comparison_report.write(names, results.known, args.metric, about, args.out))
-        print(f'written to {args.out / "methods"}.md, .json, .png')
+        run(cfg, plan, split, results, args)
+    report(args.out, names, args.metric)
+
+
+def report(folder: Path, names: Sequence[str] | None = None, metric: str | None = None) -> None:
+    """Writes the table and the picture of what a folder has, and prints the table.
+
+    Args:
+        folder (Path): ``--out`` of a comparison.
+        names (Sequence[str], optional): The methods to tell of. Defaults to None: all.
+        metric (str, optional): Defaults to None: that of the last command.
+
+    Raises:
+        LaunchError: There is no comparison.
+    """
+    if not (folder / 'run.json').is_file():
+        raise LaunchError(f'--out: {folder} holds no comparison (no run.json)')
+    about = json.loads((folder / 'run.json').read_text(encoding='utf-8'))
+    results = Results(folder / 'cells.jsonl').known
+    metric = metric or about.get('metric')
+    if metric is None:
+        raise LaunchError(f'--metric must be given: {folder / "run.json"} names none')
+    for cell, result in results.items():
+        check_metric(cell, result, metric)
+    names = names or [name for name in about['methods']
+                      if any(cell.method == name for cell in results)]
+    print(comparison_report.write(names, results, metric, about, folder))
+    print(f'written to {folder / "methods"}.md, .json, .png')
 
 
 def check_config(cfg: Config) -> None:
@@ -124,14 +152,16 @@ def check_config(cfg: Config) -> None:
                           'full fine-tuning, which the methods wrap')
 
 
-def check_run(cfg: Config, args: argparse.Namespace, methods: Sequence[Method]) -> None:
+def check_run(cfg: Config, args: argparse.Namespace, methods: Sequence[Method],
+              results: Results) -> None:
     """Writes ``run.json``, or holds what is there against this command.
 
     Raises:
         LaunchError: The runs in the folder are of another comparison.
     """
     file = args.out / 'run.json'
-    now = dict(config=args.config, holdout=args.holdout, flat=flat(cfg.to_dict()),
+    now = dict(config=args.config, metric=args.metric, holdout=args.holdout,
+               flat=flat(cfg.to_dict()),
                methods={method.name: digest(method.content()) for method in methods})
     if file.is_file():
         then = json.loads(file.read_text(encoding='utf-8'))
@@ -139,8 +169,9 @@ def check_run(cfg: Config, args: argparse.Namespace, methods: Sequence[Method]) 
         changed = list(dict.fromkeys(key for key, _ in keys))
         if then['holdout'] != now['holdout']:
             changed.insert(0, '--holdout')
-        changed += [f'configs/methods, {name}' for name, one in now['methods'].items()
-                    if then['methods'].get(name, one) != one]
+        used = {cell.method for cell, result in results.known.items() if not result['error']}
+        changed += [f'the method {name}' for name, one in now['methods'].items()
+                    if name in used and then['methods'].get(name, one) != one]
         if changed:
             told = listed(f'{key} ({then["flat"].get(key)}, now {now["flat"].get(key)})'
                           if key in then['flat'] or key in now['flat'] else key
@@ -174,7 +205,7 @@ def digest(content: dict) -> str:
 
 def use_no_workers(cfg: Config, args: argparse.Namespace) -> None:
     """Lets runs on a CPU load their images themselves, where --cfg-options do not say otherwise."""
-    if comparison.devices():
+    if comparison_runs.devices():
         return
     for key in ('train_dataloader', 'val_dataloader'):
         if f'{key}.num_workers' not in (args.cfg_options or {}):
@@ -190,13 +221,13 @@ def run(cfg: Config, plan: Plan, split: Split | None, results: Results,
         LaunchError: No run reports the metric.
     """
     results.forget_failures()
-    jobs = args.jobs or len(comparison.devices()) or 1
+    jobs = args.jobs or len(comparison_runs.devices()) or 1
     done = sum(cell in results.known for cell in comparison.due(plan, results.known))
     if done:
         print(f'{done} runs are in {results.file} already', flush=True)
     for cell, result in results.known.items():
         check_metric(cell, result, plan.metric)
-    for cell, result, left in comparison.run_all(
+    for cell, result, left in comparison_runs.run_all(
             cfg, plan, split, results, args.out / 'logs', jobs, args.threads):
         seconds = comparison.time_to_go(plan, results.known, left, jobs)
         told = result['error'] or (

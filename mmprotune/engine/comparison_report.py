@@ -74,7 +74,8 @@ def table(rows: Sequence[dict], metric: str, about: dict) -> str:
     Args:
         rows (Sequence[dict]): Of :func:`rows_of`.
         metric (str): The metric.
-        about (dict): Of :func:`describe`.
+        about (dict): What ``run.json`` holds, :func:`machine`, and images ``held_out`` and
+            ``trained`` on in the sweep.
 
     Returns:
         str: Markdown.
@@ -142,8 +143,10 @@ def plot(rows: Sequence[dict], metric: str, file: Path) -> None:
             axes.errorbar(x, row['mean'], yerr=row['sd'], fmt='o', capsize=3)
             axes.annotate(row['method'], (x, row['mean']), textcoords='offset points',
                           xytext=(6, 4), fontsize=8)
-    left.set_xscale('symlog', linthresh=1e3)
-    left.set_xlim(left=0)
+    left.set_xscale('symlog', linthresh=1e3, linscale=0.5)
+    left.set_xticks([0, *(10**i for i in range(3, 10))])
+    most = max((row['trained_backbone'] for row in rows if 'kept' in row), default=1)
+    left.set_xlim(-300, 6 * max(most, 1e3))
     left.set_xlabel('parameters that train in the backbone')
     right.set_xlabel('MiB kept for the backward pass of one step')
     left.set_ylabel(metric)
@@ -153,30 +156,27 @@ def plot(rows: Sequence[dict], metric: str, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def describe(config: str, run: dict, held_out: int, trained: int) -> dict:
-    """What a table depends on.
-
-    Args:
-        config (str): Name of the config.
-        run (dict): What ``run.json`` holds.
-        held_out (int): Images that the sweep was scored on; 0 without a sweep.
-        trained (int): Images that it trained on.
-    """
+def machine() -> dict:
+    """Versions and machine, for ``methods.json``."""
     versions = dict(mmprotune=__version__, torch=torch.__version__)
     for name in LIBRARIES:
         try:
             versions[name] = importlib.import_module(name).__version__
         except ImportError:
             continue
-    machine = (torch.cuda.get_device_name() if torch.cuda.is_available()
-               else f'{platform.machine()} CPU')
-    return dict(config=config, held_out=held_out, trained=trained, versions=versions,
-                python=platform.python_version(), machine=machine, run=run)
+    device = (torch.cuda.get_device_name() if torch.cuda.is_available()
+              else f'{platform.machine()} CPU')
+    return dict(versions=versions, python=platform.python_version(), machine=device)
 
 
 def write(methods: Sequence[str], results: dict[Cell, dict], metric: str, about: dict,
           folder: Path) -> str:
     """Writes ``methods.md``, ``methods.json`` and ``methods.png``; returns the first's text."""
+    about = dict(about, **machine())
+    split = folder / 'holdout.json'
+    if split.is_file():
+        divided = json.loads(split.read_text())
+        about.update(held_out=len(divided['held']), trained=len(divided['train']))
     rows = rows_of(methods, results, metric)
     text = table(rows, metric, about)
     (folder / 'methods.md').write_text(text, encoding='utf-8')

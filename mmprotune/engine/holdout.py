@@ -160,12 +160,11 @@ def _divide(dataset, leaf: dict, count: int, share: float) -> tuple[list[int], l
 
 def _labels(dataset, leaf: dict) -> list[set[int]]:
     """The classes that each image shows; empty sets for data sets that do not tell."""
-    if 'seg_map_path' not in dataset.get_data_info(0):
-        with contextlib.suppress(NotImplementedError):
-            return [{int(label) for label in dataset.get_cat_ids(i)} for i in range(len(dataset))]
+    with contextlib.suppress(NotImplementedError):  # data sets of label maps
+        return [{int(label) for label in dataset.get_cat_ids(i)} for i in range(len(dataset))]
     step = next((step for step in leaf.get('pipeline') or ()
                  if type_name(step) == 'LoadAnnotations'), None)
-    if step is None or 'seg_map_path' not in dataset.get_data_info(0):
+    if step is None or not dataset.get_data_info(0).get('seg_map_path'):
         return [set()] * len(dataset)
     load = TRANSFORMS.build(copy.deepcopy(step))
     found, classes = [], len(dataset.metainfo.get('classes') or ())
