@@ -168,3 +168,18 @@ def test_the_run_that_finds_the_stages_counts(backbone, trainable, runs, monkeyp
     seen.clear()
     prompted(backbone, prompt=None, lean=False)
     assert len(seen) == 1
+
+
+def test_files_of_a_version_that_took_another_image_load():
+    cfg = dict(type='mmpretrain.VisionTransformer', img_size=48, patch_size=8, out_type='featmap',
+               arch=dict(embed_dims=24, num_layers=3, num_heads=2, feedforward_channels=48))
+    model, twin, other = (prompted(cfg, **options)
+                          for options in (dict(), dict(), dict(prompt=dict(
+                              type='mmprotune.PromptBlock', act_cfg=dict(type='ReLU')))))
+    state_dict = model.state_dict()
+    former = model.function_of(former=True)
+    assert max(difference(former, model.frozen_function)) > 0.1
+    state_dict['frozen_function'] = former
+    twin.load_state_dict(state_dict)
+    with pytest.raises(FunctionMismatch, match='prompts in the checkpoint'):
+        other.load_state_dict(state_dict)

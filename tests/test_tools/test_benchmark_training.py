@@ -111,3 +111,24 @@ def test_bad_numbers(option, capsys):
     with pytest.raises(SystemExit):
         benchmark.parse_args([CONFIG, *option])
     assert f'{option[0]} must be at least' in capsys.readouterr().err
+
+
+def test_an_ablation_takes_one_part_out_at_a_time(tmp_path, monkeypatch):
+    calls = {}
+    for part in ('pointwise', 'product'):
+        own = getattr(benchmark.onednn, part)
+        monkeypatch.setattr(benchmark.onednn, part, lambda *args, part=part, own=own: (
+            calls.__setitem__(part, calls.get(part, 0) + 1), own(*args))[1])
+    benchmark.main([str(REPO / 'configs/mask_rcnn_r18_protune_shapes.py'), *SMALL, '--ablate',
+                    '--variants', 'lean', '--backbone-only', '--steps', '1', '--json',
+                    str(tmp_path / 'out.json')])
+    found = json.loads((tmp_path / 'out.json').read_text())['results'][0]['variants']
+    assert list(found) == ['lean', 'without folding', 'without pointwise', 'without product']
+    assert all(f['step'] > 0 and f['inference'] > 0 for f in found.values())
+    kept = {name: f['kept_total'] for name, f in found.items()}
+    assert kept['without pointwise'] == kept['without product'] == kept['lean']
+    assert calls['pointwise'] > 0
+    before = dict(calls)
+    with benchmark.without('pointwise'):
+        assert benchmark.onednn.pointwise(None, None) is None
+    assert calls == before

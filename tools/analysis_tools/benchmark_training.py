@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +34,18 @@ from torch import nn
 from mmprotune.config_nodes import type_name, without_pretrained
 from mmprotune.engine import cli
 from mmprotune.engine.processes import prepare_processes
+from mmprotune.lean import onednn
 from mmprotune.lean.dry_run import tensors_in
+from mmprotune.lean.layers import LeanLayer
 from mmprotune.lean.memory import KeptBytes
 from mmprotune.testing.noise_batch import noise_item
 
 VARIANTS = ('full', 'frozen', 'naive', 'lean')
 TITLES = dict(full='full fine-tuning', frozen='head only', naive='prompted, naive',
               lean='prompted, lean', lora='LoRA')
+# What --ablate takes out of the lean variant, one at a time.
+PARTS = ('folding', 'pointwise', 'product')
+TITLES.update({f'without {part}': f'lean, without {part}' for part in PARTS})
 MIB = 2**20
 # Linear layers of attention, as the three libraries name them; where attention has none, the MLP's.
 LORA_TARGETS = ((r'.*qkv', r'.*\.proj'), (r'.*ffn.*', ))
@@ -52,6 +57,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help='prompted or stock configs, files or installed names (mmdet::…)')
     parser.add_argument('--variants', nargs='+', choices=[*VARIANTS, 'lora'], default=VARIANTS,
                         help='lora: mmpretrain.LoRAModel around the backbone, as a peer')
+    parser.add_argument('--ablate', action='store_true',
+                        help='also the lean variant without folding, without oneDNN for 1x1 '
+                        'convolutions (pointwise), and without it for linear layers (product)')
     parser.add_argument('--backbone-only', action='store_true',
                         help='no neck and head; the loss is the mean of the features')
     parser.add_argument('--data', action='store_true',
@@ -68,6 +76,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='override keys of the configs')
     args = parser.parse_args(argv)
+    if args.ablate:
+        args.variants = [*args.variants, *(f'without {part}' for part in PARTS)]
     for option, least in (('size', 32), ('batch_size', 1), ('steps', 0)):
         if getattr(args, option) < least:
             parser.error(f'--{option.replace("_", "-")} must be at least {least}, '
@@ -83,7 +93,7 @@ def variant_cfg(cfg: Config, variant: str) -> Config:
 
     Args:
         cfg (Config): A config with a prompted backbone.
-        variant (str): One of ``VARIANTS`` or 'lora'.
+        variant (str): One of ``VARIANTS``, 'lora' or 'without …', see ``PARTS``.
 
     Returns:
         Config: A copy.
@@ -96,8 +106,25 @@ def variant_cfg(cfg: Config, variant: str) -> Config:
         cfg.model.backbone = dict(prompted, prompt=None, lean=False)
     else:
         lean = prompted.get('lean', True) or True
-        cfg.model.backbone = dict(prompted, lean=lean if variant == 'lean' else False)
+        cfg.model.backbone = dict(prompted, lean=False if variant == 'naive' else lean)
     return cfg
+
+
+@contextlib.contextmanager
+def without(part: str) -> Iterator[None]:
+    """While open, lean layers do not use one of the oneDNN products.
+
+    Args:
+        part (str): One of ``PARTS``; anything else changes nothing.
+    """
+    own = getattr(onednn, part, None)
+    if own is not None:
+        setattr(onednn, part, lambda *_: None)
+    try:
+        yield
+    finally:
+        if own is not None:
+            setattr(onednn, part, own)
 
 
 def lora(backbone: dict) -> nn.Module | None:
@@ -148,6 +175,7 @@ class Variant:
 
     def __init__(self, cfg: Config, name: str, args: argparse.Namespace) -> None:
         self.name, self.device = name, torch.device(args.device)
+        self._without = name.partition('without ')[2]
         self.amp = getattr(torch, args.amp) if args.amp else None
         self._memory_format = (
             torch.channels_last if args.channels_last else torch.contiguous_format)
@@ -163,6 +191,10 @@ class Variant:
             for parameter in block.parameters():
                 if not parameter.any():
                     nn.init.normal_(parameter, std=0.02)  # as after some training
+        if self._without == 'folding':
+            for layer in model.backbone.modules():
+                if isinstance(layer, LeanLayer):
+                    layer.lean.pair = None
         batch = draw_batch(cfg, args)
         if args.backbone_only:
             model.data_preprocessor.to(self.device)
@@ -199,7 +231,8 @@ class Variant:
 
     def loss(self) -> torch.Tensor:
         """The loss, in its graph."""
-        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None), \
+                without(self._without):
             return self._loss()
 
     def step(self) -> tuple[float, float, float]:
@@ -208,7 +241,8 @@ class Variant:
         loss = self.loss()
         times.append(self._now())
         if self.trains:
-            loss.backward()
+            with without(self._without):
+                loss.backward()
         times.append(self._now())
         if self.trains:
             self.optimizer.step()
@@ -221,7 +255,8 @@ class Variant:
         outputs."""
         self.model.eval()
         with torch.no_grad(), torch.autocast(self.device.type, self.amp,
-                                             enabled=self.amp is not None):
+                                             enabled=self.amp is not None), \
+                without(self._without):
             start = self._now()
             self._infer()
             seconds = self._now() - start
@@ -411,7 +446,7 @@ def table(result: dict) -> str:
                                for i, (c, w) in enumerate(zip(row, widths))))
     if 'lean' in found:
         lean = found['lean']
-        for other in ('full', 'naive', 'frozen'):
+        for other in ('full', 'naive', 'frozen', *(f'without {part}' for part in PARTS)):
             if other not in found:
                 continue
             f = found[other]
