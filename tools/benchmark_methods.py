@@ -101,8 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(args.lrs) > 1:
             split = make_split(cfg, args.holdout, args.out)
             if split.alone:
-                print(f'one image alone shows {listed(split.alone)}, so that the held-out images '
-                      'or the others lack it')
+                print(f'too few images show {listed(split.alone)}: the held-out ones or the others '
+                      'have none')
         use_no_workers(cfg, args)
         plan = Plan(methods, sorted(args.lrs), args.seeds, args.sweep_seeds, args.metric)
         run(cfg, plan, split, results, args)

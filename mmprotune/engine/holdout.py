@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, TRANSFORMS, init_default_scope
 
 from mmprotune.config_nodes import dicts_in, type_name
-from mmprotune.errors import LaunchError, listed
+from mmprotune.errors import LaunchError
 
 # How many ways to divide a set are tried until each part has an image of every class.
 DRAWS = 100
@@ -27,7 +28,7 @@ class Split:
         train (list[int]): Indices of what stays, for ``indices`` of the data set.
         held (list[int]): Indices of what is held out.
         ann_file (str, optional): Annotations of the latter in COCO's format, for evaluators.
-        alone (list[str]): Classes that one image alone shows, so that one part lacks them.
+        alone (list[str]): Classes that one of the parts lacks, as too few images show them.
     """
     train: list[int]
     held: list[int]
@@ -137,25 +138,54 @@ def _divide(dataset, leaf: dict, count: int, share: float) -> tuple[list[int], l
                                                        for one in labels)])), dtype=bool)
     for row, one in zip(shown, labels):
         row[list(one)] = True
-    often, alone = shown.sum(0) >= 2, shown.sum(0) == 1
-    best, lacking = None, None
+    often = shown.sum(0) >= 2
     for seed in range(DRAWS):
         order = np.random.default_rng(seed).permutation(len(dataset))
         held, kept = order[:count], order[count:]
-        missing = often & ~(shown[held].any(0) & shown[kept].any(0))
-        if best is None or missing.sum() < lacking.sum():
-            best, lacking = held, missing
-        if not lacking.any():
+        if (shown[held].any(0) & shown[kept].any(0))[often].all():
             break
+    else:
+        held = np.array(_covering(shown, often, count))
+    if len(held) > count:
+        raise LaunchError(f'--holdout {share:g}: {count} of {len(dataset)} images do not show '
+                          f'every class; {len(held)} can, --holdout '
+                          f'{math.ceil(100 * len(held) / len(dataset)) / 100:g}')
+    kept = np.setdiff1d(np.arange(len(dataset)), held)
+    alone = shown.any(0) & ~(shown[held].any(0) & shown[kept].any(0))
+    return sorted(held.tolist()), [str(names[i]) if i < len(names) else str(i)
+                                   for i in np.flatnonzero(alone)]
 
-    def called(mask: np.ndarray) -> list[str]:
-        return [str(names[i]) if i < len(names) else str(i) for i in np.flatnonzero(mask)]
 
-    if lacking.any():
-        raise LaunchError(
-            f'--holdout {share:g}: with {count} of {len(dataset)} images held out, one of the two '
-            f'parts has none of the class {listed(called(lacking))}; choose another share')
-    return sorted(best.tolist()), called(alone)
+def _covering(shown: np.ndarray, often: np.ndarray, count: int) -> list[int]:
+    """Holds out an image of every class first, the rarest before others, and then any.
+
+    Args:
+        shown (numpy.ndarray): Which image (N) shows which class (C).
+        often (numpy.ndarray): Which classes (C) both parts have to show.
+        count (int): How many images to hold out.
+
+    Returns:
+        list[int]: Indices; more than ``count`` where the classes take more.
+    """
+    left, held = shown.sum(0), []
+
+    def take(images: np.ndarray) -> None:
+        for i in images:
+            if i not in held and (left - shown[i] >= 1)[shown[i] & often].all():
+                held.append(int(i))
+                left[:] -= shown[i]
+                return
+
+    for label in sorted(np.flatnonzero(often), key=left.__getitem__):
+        lacking = often & ~shown[held].any(0)
+        if lacking[label]:
+            own = np.flatnonzero(shown[:, label])
+            take(own[np.argsort(-shown[own][:, lacking].sum(1), kind='stable')])
+    if len(held) < count:
+        for i in np.random.default_rng(0).permutation(len(shown)):
+            if len(held) < count:
+                take([i])
+    return held
 
 
 def _labels(dataset, leaf: dict) -> list[set[int]]:

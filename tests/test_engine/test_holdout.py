@@ -10,7 +10,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
-from mmprotune.engine.holdout import hold_out, make_split
+from mmprotune.engine.holdout import _covering, hold_out, make_split
 from mmprotune.errors import LaunchError
 
 from ..classification import draw_folder
@@ -125,6 +125,18 @@ def test_both_parts_of_a_segmentation_set_show_every_class(tmp_path):
     assert split.alone == [] and split.ann_file is None
 
 
+def test_many_rare_classes_are_in_both_parts():
+    """Each on two of a hundred images: no random fifth has one image of each."""
+    shown = np.zeros((100, 20), bool)
+    for label in range(19):
+        shown[[label, 50 + label], label] = True
+    shown[:, 19] = True
+    held = _covering(shown, np.ones(20, bool), 20)
+    assert len(held) == len(set(held)) == 20
+    kept = sorted(set(range(100)) - set(held))
+    assert shown[held].any(0).all() and shown[kept].any(0).all()
+
+
 def test_a_class_that_one_image_alone_shows_is_told(tmp_path):
     cfg = segmentation(tmp_path, [[0], [0], [0, 2], [0]])
     assert make_split(cfg, 0.5, tmp_path).alone == ['c']
@@ -132,8 +144,8 @@ def test_a_class_that_one_image_alone_shows_is_told(tmp_path):
 
 def test_a_part_too_small_for_the_classes_is_refused(tmp_path):
     cfg = segmentation(tmp_path, [[0], [1], [2]] * 4)
-    with pytest.raises(LaunchError, match='--holdout 0.17: with 2 of 12 images held out, .* none '
-                       'of the class [abc]'):
+    with pytest.raises(LaunchError, match='--holdout 0.17: 2 of 12 images do not show every class'
+                       '; 3 can, --holdout 0.25'):
         make_split(cfg, 0.17, tmp_path)
     assert not (tmp_path / 'holdout.json').exists()
 
