@@ -12,7 +12,6 @@ from .precision import is_autocast
 
 # Fewer multiplications than this take less time than it takes to call oneDNN.
 LEAST_PRODUCT = 2**20
-_convolution = getattr(torch, 'mkldnn_convolution', None)
 _linear = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
 _count_modes = getattr(torch._C, '_len_torch_dispatch_stack', None)
 
@@ -23,26 +22,6 @@ def _suits(*tensors: Tensor) -> bool:
     return (all(t.device.type == 'cpu' and t.dtype == torch.float32 for t in tensors)
             and not is_recorded() and _count_modes is not None and not _count_modes()
             and torch.backends.mkldnn.is_available() and not is_autocast('cpu'))
-
-
-def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """A 1x1 convolution. PyTorch has oneDNN compute it on several threads only; on one it
-    multiplies matrices, which is slower.
-
-    Args:
-        x (Tensor): Map of shape (N, C, H, W).
-        matrix (Tensor): Weight of shape (D, C).
-        bias (Tensor, optional): Of shape (D, ). Defaults to None.
-
-    Returns:
-        Tensor, optional: Map of shape (N, D, H, W), in the memory format of ``x``; None where
-        oneDNN does not suit.
-    """
-    if _convolution is None or x.dim() != 4 or not x.numel() or not _suits(x, matrix) or not (
-            x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-        return None
-    weight = matrix.contiguous()[..., None, None]
-    return _convolution(x, weight, bias, [0, 0], [1, 1], [1, 1], 1)
 
 
 def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor | None:

@@ -12,8 +12,7 @@ class LeanOptions:
     Attributes:
         fold (bool): Whether outputs may move by rounding: a frozen BatchNorm becomes part of the
             convolution before it, where it alone reads the convolution's output; on a CPU linear
-            layers (and on one thread 1x1 convolutions) go to oneDNN. Undone where a dry run shows
-            other outputs. Defaults to True.
+            layers go to oneDNN. Undone where a dry run shows other outputs. Defaults to True.
         recompute (float): Work that the backward pass may do twice, as a share of the frozen
             network's multiplications in a training step. It goes where a multiplication saves most
             bytes: hidden layers of MLPs, queries, keys and values. 0 means nothing, True anything.

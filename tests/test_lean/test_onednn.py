@@ -12,26 +12,6 @@ needs_onednn = pytest.mark.skipif(
 
 
 @needs_onednn
-@pytest.mark.parametrize('shape', [(2, 8, 5, 7), (1, 64, 1, 1), (3, 1, 4, 4)])
-def test_pointwise(shape):
-    x, matrix, bias = (draw(*s, dtype=torch.float32) for s in (shape, (5, shape[1]), (5, )))
-    for b in (None, bias):
-        expected = F.conv2d(x, matrix[..., None, None], b)
-        torch.testing.assert_close(onednn.pointwise(x, matrix, b), expected)
-        channels_last = x.contiguous(memory_format=torch.channels_last)
-        y = onednn.pointwise(channels_last, matrix, b)
-        torch.testing.assert_close(y, expected)
-        assert y.is_contiguous() == channels_last.is_contiguous()
-    gradient = onednn.pointwise(expected, matrix.t())
-    torch.testing.assert_close(gradient, F.conv_transpose2d(expected, matrix[..., None, None]))
-    assert onednn.pointwise(x.double(), matrix.double()) is None
-    assert onednn.pointwise(x[:0], matrix) is None
-    for other in (torch.autocast('cpu', torch.bfloat16), FlopCounterMode(display=False)):
-        with other:
-            assert onednn.pointwise(x, matrix) is None
-
-
-@needs_onednn
 @pytest.mark.parametrize('shape', [(300, 64), (2, 150, 64), (3, 4, 25, 64)])
 def test_product(shape):
     x, bias = draw(*shape, dtype=torch.float32), draw(96, dtype=torch.float32)
@@ -68,17 +48,14 @@ def test_linear_multiplies_by_onednn_only_where_it_may_round(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize('missing', ['_convolution', '_linear', '_count_modes'])
+@pytest.mark.parametrize('missing', ['_linear', '_count_modes'])
 @pytest.mark.parametrize('threads', [1, 2])
 def test_without_its_operators_everything_is_pytorchs(missing, threads, monkeypatch):
     monkeypatch.setattr(onednn, missing, None)
     before = torch.get_num_threads()
     x, matrix = draw(2, 64, 20, 20, dtype=torch.float32), draw(96, 64, dtype=torch.float32)
     tokens, ones = draw(300, 64, dtype=torch.float32), torch.ones(96)
-    if missing != '_linear':
-        assert onednn.pointwise(x, matrix) is None
-    if missing != '_convolution':
-        assert onednn.product(tokens, matrix) is None
+    assert onednn.product(tokens, matrix) is None
     torch.set_num_threads(threads)
     try:
         for image, ours, theirs in (

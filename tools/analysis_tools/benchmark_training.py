@@ -44,7 +44,7 @@ VARIANTS = ('full', 'frozen', 'naive', 'lean')
 TITLES = dict(full='full fine-tuning', frozen='head only', naive='prompted, naive',
               lean='prompted, lean', lora='LoRA')
 # What --ablate takes out of the lean variant, one at a time.
-PARTS = ('folding', 'pointwise', 'product')
+PARTS = ('folding', 'product')
 TITLES.update({f'without {part}': f'lean, without {part}' for part in PARTS})
 MIB = 2**20
 # Linear layers of attention, as the three libraries name them; where attention has none, the MLP's.
@@ -58,8 +58,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--variants', nargs='+', choices=[*VARIANTS, 'lora'], default=VARIANTS,
                         help='lora: mmpretrain.LoRAModel around the backbone, as a peer')
     parser.add_argument('--ablate', action='store_true',
-                        help='also the lean variant without folding, without oneDNN for 1x1 '
-                        'convolutions (pointwise), and without it for linear layers (product)')
+                        help='also the lean variant without folding, and without oneDNN for '
+                        'linear layers (product)')
     parser.add_argument('--backbone-only', action='store_true',
                         help='no neck and head; the loss is the mean of the features')
     parser.add_argument('--data', action='store_true',
@@ -112,7 +112,7 @@ def variant_cfg(cfg: Config, variant: str) -> Config:
 
 @contextlib.contextmanager
 def without(part: str) -> Iterator[None]:
-    """While open, lean layers do not use one of the oneDNN products.
+    """While open, lean layers do not use the oneDNN product.
 
     Args:
         part (str): One of ``PARTS``; anything else changes nothing.

@@ -10,7 +10,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .. import onednn
 from ..graph import LeanState, Producer, builds_graph, check_frozen
 from ..precision import cast, without_autocast
 
@@ -67,9 +66,6 @@ class Convolution:
         if self.pad is not None:
             x = F.pad(x, self.pad, mode=self.pad_mode)
         is_matrix = into_weight and self._is_matrix(x, weight, memory_format_of(x))
-        y = onednn.pointwise(x, weight.flatten(1), bias) if is_matrix else None
-        if y is not None:
-            return y
         # Where convolutions are products of matrices, PyTorch spreads the bias over the output
         # first, which takes as long as the norm would.
         late = is_matrix and torch.get_num_threads() == 1
@@ -107,12 +103,9 @@ class Convolution:
                                                           memory_format))
             return gradient
         if self._is_matrix(grad, weight, memory_format):
-            matrix = weight.flatten(1).t()
-            gradient = onednn.pointwise(grad, matrix)
-            if gradient is not None:
-                return gradient
             # PyTorch would take a detour through patches.
             if torch.get_num_threads() == 1 and grad.is_contiguous():
+                matrix = weight.flatten(1).t()
                 return torch.matmul(matrix.to(grad.dtype), grad.flatten(2)).view(shape)
         # PyTorch's backward asks for the input, but reads no more of it than shape and layout.
         x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
