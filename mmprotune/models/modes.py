@@ -33,13 +33,10 @@ def modules_with_mode(owner: nn.Module, trace: Trace | None = None) -> frozenset
     Returns:
         frozenset[str]: Dotted names in ``owner.backbone``; '' for the backbone itself.
     """
-    shapes = image_shapes(owner.backbone) if trace is None else [trace.shape]
-    plain = None if trace is None else [trace.shape, *(tuple(t.shape) for t in trace.outputs)]
     forward = getattr(type(owner.backbone).forward, '__code__', None)
     if 'training' in getattr(forward, 'co_names', ()):
-        plain = plain or _returned(owner, frozenset(), shapes)
-        wanted = _returned(owner, frozenset(['']), shapes)
-        if None not in (plain, wanted) and len(plain) != len(wanted):
+        _, plain, wanted = _both(owner, frozenset(['']), trace)
+        if len(plain) != len(wanted):
             return frozenset([''])
     kinds: dict[type, set[str]] = {}
     for path, module in owner.backbone.named_modules():
@@ -49,12 +46,11 @@ def modules_with_mode(owner: nn.Module, trace: Trace | None = None) -> frozenset
     told = frozenset().union(*kinds.values())
     if not told:
         return told
-    plain, wanted = plain or _returned(owner, frozenset(), shapes), _returned(owner, told, shapes)
-    # Of images of the same shape, or they say nothing.
-    if None in (plain, wanted) or plain[0] != wanted[0] or plain == wanted:
+    shape, plain, wanted = _both(owner, told, trace)
+    if plain == wanted:
         return frozenset()
     for paths in kinds.values():  # those that it does not depend on stay in eval mode
-        if _returned(owner, told - paths, shapes) == wanted:
+        if _returned(owner, told - paths, shape) == wanted:
             told -= paths
     return told
 
@@ -73,17 +69,28 @@ def _asks_for_mode(module: nn.Module) -> bool:
     return False
 
 
+def _both(owner: nn.Module, told: frozenset[str], trace: Trace | None) -> tuple:
+    """The first shape of an image at which the backbone runs while the modules ``told`` are in
+    training mode and while none is, and the shapes of what it returns in eval mode and then; no
+    outputs where there is no such shape."""
+    known = {} if trace is None else {trace.shape: [tuple(t.shape) for t in trace.outputs]}
+    for shape in dict.fromkeys((*known, *image_shapes(owner.backbone))):
+        wanted = _returned(owner, told, shape)
+        if wanted is not None:
+            plain = known.get(shape) or _returned(owner, frozenset(), shape)
+            if plain is not None:
+                return shape, plain, wanted
+    return None, [], []
+
+
 def _returned(owner: nn.Module, told: frozenset[str],
-              shapes: list[tuple[int, int, int]]) -> list[tuple[int, ...]] | None:
-    """The first shape of an image at which the backbone runs without prompts while the modules
-    ``told`` are in training mode, then those of what it returns; None where there is none."""
+              shape: tuple[int, int, int]) -> list[tuple[int, ...]] | None:
+    """Shapes of what the backbone returns without prompts for an image, while the modules ``told``
+    are in training mode; None where it does not run."""
     backbone = owner.backbone
-    with undisturbed(owner), torch.no_grad():
+    with undisturbed(owner), torch.no_grad(), contextlib.suppress(Exception), \
+            calls.opened(owner, calls.Call(shape[1:], plain=True)):
         for path in told:
             backbone.get_submodule(path).training = True
-        for shape in shapes:
-            with contextlib.suppress(Exception), \
-                    calls.opened(owner, calls.Call(shape[1:], plain=True)):
-                outputs = backbone(noise(backbone, shape, BATCH))
-                return [shape, *(tuple(t.shape) for t in tensors_in(outputs))]
+        return [tuple(t.shape) for t in tensors_in(backbone(noise(backbone, shape, BATCH)))]
     return None

@@ -4,7 +4,9 @@ Each backbone is checked in a process of its own, in its smallest architecture, 
 and ``freeze='all'``: it builds, its stages are found, prompts at their start change nothing
 (bitwise), gradients reach exactly the prompts, one AdamW step moves prompts and nothing else
 (bitwise), a slim state dict restores the features, two image sizes run, and lean layers give the
-features (bitwise with fold=False) and gradients of ordinary ones while keeping less.
+features (bitwise with fold=False) and gradients of ordinary ones while keeping less. With prompts at
+the other places (``insert``), where the backbone has them, it builds, starts as the frozen backbone,
+and gradients reach every prompt.
 """
 from __future__ import annotations
 
@@ -191,6 +193,7 @@ def check(name: str) -> dict:
             raise _HostError(f'{type(error).__name__}: {error}') from error
         del plain
         _check_prompted(name, library, kwargs, sizes, result)
+        _check_places(name, library, kwargs, sizes[0], result)
         result['verdict'] = 'pass'
     except _HostError as error:
         result.update(verdict='host', reason=_first_line(error))
@@ -273,6 +276,42 @@ def _check_prompted(name: str, library: str, kwargs: dict, sizes: list, result: 
         _require(all(torch.equal(a, b) for a, b in zip(expected, _run(model, images[0]))),
                  'a slim round trip changes the features')
     _check_lean(model, images[0], result)
+
+
+def _check_places(name: str, library: str, kwargs: dict, size: tuple, result: dict) -> None:
+    """Prompts at the other places; ``result['places']`` counts them, None where there are none."""
+    from mmprotune.errors import StageError
+    from mmprotune.models.insertion import INSERT
+    places = result['places'] = {}
+    image = torch.randn(2, *size)
+    for insert in list(INSERT)[1:]:
+        try:
+            model = _build(dict(type='mmprotune.PromptedBackbone', freeze='all', insert=insert,
+                                backbone=dict(type=name, **kwargs)), library).eval()
+        except StageError:
+            places[insert] = None
+            continue
+        places[insert] = len(model.prompts)
+        with torch.no_grad():
+            for weight in model.backbone.parameters():
+                if not weight.isfinite().all() or weight.abs().max() > 1e3:
+                    weight.normal_(std=0.02)
+            torch.manual_seed(0)
+            expected = _plain(model, image)
+            torch.manual_seed(0)
+            _require(all(map(torch.equal, expected, _run(model, image))),
+                     f'insert={insert!r}: not equal to the frozen backbone at the start')
+            for block in model.prompts.values():
+                block.expand.weight.normal_(std=0.02)
+        model.train()
+        # Not the mean square, which a norm leaves as it is.
+        sum((out.float() * torch.randn(out.shape)).sum()
+            for out in _run(model, image) if out.requires_grad).backward()
+        missing = [n for n, p in model.prompts.named_parameters() if p.grad is None]
+        _require(not missing, f'insert={insert!r}: no gradient for {missing[:3]}')
+        declared = {n for n, p in model.named_parameters() if p.requires_grad}
+        _require(declared == {f'prompts.{n}' for n, _ in model.prompts.named_parameters()},
+                 f'insert={insert!r}: parameters other than the prompts require gradients')
 
 
 def _check_lean(model: nn.Module, image: Tensor, result: dict) -> None:
@@ -376,15 +415,18 @@ def markdown(results: Sequence[dict], command: str) -> str:
         'the prompts; one AdamW step moves prompts and nothing else, bitwise; a slim state dict '
         'restores the features; two image sizes (one where the backbone itself takes only one); '
         'lean layers give the features (bitwise with `fold=False`, else and in inference within '
-        '1e-4) and the gradients (1e-5) of ordinary ones.',
+        '1e-4) and the gradients (1e-5) of ordinary ones. With `insert=` each of the other places: '
+        'equal to the frozen backbone at the start, gradients for all prompts and nothing else.',
         '',
         'Prompts are the default block (bottleneck of 4) at every stage; their share is of the '
         "backbone's parameters. `kept` are the bytes that autograd keeps with lean layers, "
         'prompts included, as a share of those with ordinary ones; on images this small a little '
-        'more than on large ones. `host` means that the backbone itself does not build or run '
+        'more than on large ones. The columns of the other places count their prompts; – where the '
+        'backbone has no such place, which is an error that names the others. `host` means that the backbone itself does not build or run '
         'here.', '',
-        '| backbone | arguments | stages | channels | prompt parameters | share | kept | verdict |',
-        '|---|---|---|---|---|---|---|---|'
+        '| backbone | arguments | stages | channels | prompt parameters | share | kept | blocks | '
+        'branches | narrow | outputs | verdict |',
+        '|---|---|---|---|---|---|---|---|---|---|---|---|'
     ]
     for r in results:
         stages = r.get('stages', [])
@@ -396,9 +438,12 @@ def markdown(results: Sequence[dict], command: str) -> str:
         kept = f"{r['lean_bytes'] / r['naive_bytes']:.0%}" if r.get('naive_bytes') else ''
         kwargs = ', '.join(f'{k}={v}' for k, v in r.get('arguments', {}).items())
         verdict = r['verdict'] + (f": {r['reason']}" if r['reason'] else '')
+        places = ' | '.join('–' if count is None else str(count) for count in (
+            r.get('places', {}).get(insert, '') for insert in (
+                'blocks', 'branches', 'narrow', 'outputs')))
         lines.append(f"| {r['name']} | {kwargs} | {paths} | {channels} | "
                      f"{'' if prompts is None else format(prompts, ',')} | {share} | {kept} | "
-                     f"{verdict.replace('|', '/')} |")
+                     f"{places} | {verdict.replace('|', '/')} |")
     lines += ['', 'Registered beside the backbones, and none: '
               + '; '.join(f'{k} ({v})' for k, v in NOT_A_BACKBONE.items()) + '.', '']
     return '\n'.join(lines)
