@@ -4,9 +4,9 @@ Each backbone is checked in a process of its own, in its smallest architecture, 
 and ``freeze='all'``: it builds, its stages are found, prompts at their start change nothing
 (bitwise), gradients reach exactly the prompts, one AdamW step moves prompts and nothing else
 (bitwise), a slim state dict restores the features, two image sizes run, and lean layers give the
-features (bitwise with fold=False) and gradients of ordinary ones while keeping less. With prompts at
-the other places (``insert``), where the backbone has them, it builds, starts as the frozen backbone,
-and gradients reach every prompt.
+features (bitwise with fold=False) and gradients of ordinary ones while keeping less. With prompts
+at the other places (``insert``), where the backbone has them, it builds, starts as the frozen
+backbone, and gradients reach every prompt.
 """
 from __future__ import annotations
 
@@ -422,8 +422,8 @@ def markdown(results: Sequence[dict], command: str) -> str:
         "backbone's parameters. `kept` are the bytes that autograd keeps with lean layers, "
         'prompts included, as a share of those with ordinary ones; on images this small a little '
         'more than on large ones. The columns of the other places count their prompts; – where the '
-        'backbone has no such place, which is an error that names the others. `host` means that the backbone itself does not build or run '
-        'here.', '',
+        'backbone has no such place, which is an error that names the others. `host` means that '
+        'the backbone itself does not build or run here.', '',
         '| backbone | arguments | stages | channels | prompt parameters | share | kept | blocks | '
         'branches | narrow | outputs | verdict |',
         '|---|---|---|---|---|---|---|---|---|---|---|---|'

@@ -102,11 +102,11 @@ class Convolution:
             target.copy_(self._pointwise().input_gradient(grad, weight, None, target.shape,
                                                           memory_format))
             return gradient
-        if self._is_matrix(grad, weight, memory_format):
-            # PyTorch would take a detour through patches.
-            if torch.get_num_threads() == 1 and grad.is_contiguous():
-                matrix = weight.flatten(1).t()
-                return torch.matmul(matrix.to(grad.dtype), grad.flatten(2)).view(shape)
+        # On one thread PyTorch would take a detour through patches.
+        if (self._is_matrix(grad, weight, memory_format) and torch.get_num_threads() == 1
+                and grad.is_contiguous()):
+            matrix = weight.flatten(1).t()
+            return torch.matmul(matrix.to(grad.dtype), grad.flatten(2)).view(shape)
         # PyTorch's backward asks for the input, but reads no more of it than shape and layout.
         x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
         padded = x if self.pad is None else F.pad(x, self.pad)
