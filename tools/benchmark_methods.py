@@ -163,7 +163,7 @@ def check_run(cfg: Config, args: argparse.Namespace, methods: Sequence[Method],
     now = dict(config=args.config, metric=args.metric, holdout=args.holdout,
                flat=flat(cfg.to_dict()),
                methods={method.name: digest(method.content()) for method in methods})
-    if file.is_file():
+    if file.is_file() and results.known:
         then = json.loads(file.read_text(encoding='utf-8'))
         keys = sorted(then['flat'].items() ^ now['flat'].items())
         changed = list(dict.fromkeys(key for key, _ in keys))

@@ -130,10 +130,16 @@ def dataset_error(error: Exception) -> DataError | None:
     if loads and isinstance(error, FileNotFoundError) and error.filename:
         return DataError(f'{error.filename} does not exist; the data set looks for it by its '
                          'data_root, ann_file and data_prefix')
+    empty = loads == 'full_init' and getattr(dataset, 'data_list', None) == []
+    if empty and (path is None or not os.path.isfile(path)):
+        keys = {key: value for key in ('data_prefix', 'img_suffix', 'seg_map_suffix', 'extensions')
+                if (value := getattr(dataset, key, None)) is not None}
+        return DataError(f'{type(dataset).__name__} found no image: looked with '
+                         + ', '.join(f'{key}={value!r}' for key, value in keys.items()))
     if path is None or path in str(error) or not os.path.isfile(path):
         return None
     # Read to its end, and nothing of it was kept.
-    if loads == 'full_init' and getattr(dataset, 'data_list', None) == []:
+    if empty:
         return DataError(_nothing_left(path, dataset))
     return DataError(f'{path} ({os.path.getsize(path)} bytes) cannot be read as annotations: '
                      f'{_brief(error)}')

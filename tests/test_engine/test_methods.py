@@ -1,7 +1,6 @@
 """The shipped methods, and what their files may hold."""
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,6 @@ from mmengine.config import Config
 from mmprotune.config_nodes import type_name
 from mmprotune.engine.methods import PARTS, apply_method, parts_of, read_method
 from mmprotune.errors import LaunchError
-from mmprotune.models import PromptedBackbone
-from mmprotune.registry import MODELS
 
 from ..classification import classifier_cfg
 from ..conftest import RESNET18, build
@@ -39,15 +36,6 @@ def vit_file(tmp_path_factory) -> str:
     return str(path)
 
 
-def there(name: str) -> bool:
-    """Whether this version has what the method is made of."""
-    backbone = read_method(name, FOLDER).backbone or {}
-    prompt = backbone.get('prompt') or {}
-    return ('insert' not in backbone or 'insert' in inspect.signature(
-        PromptedBackbone.__init__).parameters) and (
-            not prompt or MODELS.get(prompt['type']) is not None)
-
-
 def trained(cfg: Config) -> set[str]:
     model = build(cfg.model)
     model.train()
@@ -56,8 +44,6 @@ def trained(cfg: Config) -> set[str]:
 
 @pytest.mark.parametrize('name', NAMES)
 def test_every_method_trains_the_head_and_its_own(name, resnet18_file, vit_file):
-    if not there(name):
-        pytest.skip('this version lacks the block or the place')
     full = trained(classifier(RESNET18, resnet18_file))
     on_vit = name in ('lora', )
     cfg = classifier(*((VIT, vit_file) if on_vit else (RESNET18, resnet18_file)))

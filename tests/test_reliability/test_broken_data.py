@@ -185,6 +185,22 @@ def test_a_missing_folder_of_images(tmp_path):
     assert dataset_error(FileNotFoundError(2, 'elsewhere', 'file')) is None
 
 
+def test_images_of_another_suffix(tmp_path):
+    for folder in ('images', 'masks'):
+        (tmp_path / folder).mkdir()
+    (tmp_path / 'images/a.jpg').write_bytes(jpeg())
+    cfg = dict(type='BaseSegDataset', data_root=str(tmp_path), img_suffix='.png',
+               metainfo=dict(classes=('a', )), pipeline=[],
+               data_prefix=dict(img_path='images', seg_map_path='masks'))
+    init_default_scope('mmseg')
+    with pytest.raises(ValueError) as caught:
+        DATASETS.build(cfg)
+    told = dataset_error(caught.value)
+    assert isinstance(told, DataError)
+    assert 'BaseSegDataset found no image' in str(told) and "img_suffix='.png'" in str(told)
+    assert str(tmp_path / 'images') in str(told)
+
+
 def test_the_config_in_the_work_directory_is_the_users(data, resnet18_file, tmp_path, capsys):
     """An inferencer looks for the loading transform in it."""
     assert start(train, data, resnet18_file, tmp_path, capsys)[0] == 0
