@@ -15,6 +15,7 @@ from .engine.hooks import (  # noqa: E402
     FreezeGuardHook,
     NonFiniteGuardHook,
     PromptCheckpointHook,
+    PromptMapHook,
     PromptStatsHook,
 )
 from .errors import (  # noqa: E402
@@ -39,7 +40,7 @@ checkpoint.register()
 __all__ = [
     'AdaptFormerPrompt', 'AffinePrompt', 'ConvAdapterPrompt', 'FreezeGuardHook', 'FrozenSnapshot',
     'FrozenTensorsChanged', 'LinearAdapterPrompt', 'MMProtuneError', 'MonaPrompt', 'NonFiniteError',
-    'NonFiniteGuardHook', 'PromptBlock', 'PromptCheckpointHook', 'PromptStatsHook',
-    'PromptedBackbone', 'RanksDisagree', '__version__', 'audit', 'checkpoint', 'prompt_parameters',
-    'protune'
+    'NonFiniteGuardHook', 'PromptBlock', 'PromptCheckpointHook', 'PromptMapHook',
+    'PromptStatsHook', 'PromptedBackbone', 'RanksDisagree', '__version__', 'audit', 'checkpoint',
+    'prompt_parameters', 'protune'
 ]

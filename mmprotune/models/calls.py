@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -23,15 +23,16 @@ class Call:
 
     Attributes:
         image (tuple[int, int], optional): Height and width of the images; None while calls of this
-            thread are only set up (norms, prompts or not).
+            thread are only set up (notes, prompts or not).
         plain (bool): Whether the backbone runs without its prompts.
-        norms (dict, optional): Where (||P(x)||, ||x||) are noted, by stage name.
+        note (Callable, optional): Called with the name of each stage, its prompt and its feature,
+            both (N, C, H, W).
     """
-    __slots__ = ('__weakref__', 'image', 'norms', 'plain')
+    __slots__ = ('__weakref__', 'image', 'note', 'plain')
 
     def __init__(self, image: tuple[int, int] | None, plain: bool = False,
-                 norms: dict[str, tuple[Tensor, Tensor]] | None = None) -> None:
-        self.image, self.plain, self.norms = image, plain, norms
+                 note: Callable[[str, Tensor, Tensor], None] | None = None) -> None:
+        self.image, self.plain, self.note = image, plain, note
 
 
 _thread = threading.local()

@@ -238,7 +238,7 @@ class PromptedBackbone(BaseModule):
         """
         self.require_weights()
         outer = calls.current(self) or calls.Call(None)
-        call = calls.Call(tuple(x.shape[-2:]), calls.is_plain(self), outer.norms)
+        call = calls.Call(tuple(x.shape[-2:]), calls.is_plain(self), outer.note)
         with calls.opened(self, call):
             outputs = run_folded(self.backbone, x, *args, **kwargs)
         if not is_recorded():
@@ -283,8 +283,8 @@ class PromptedBackbone(BaseModule):
         to_map, from_map = as_map(stage.layout, x, (*args, *(kwargs or {}).values()),
                                   partial(calls.grid_of, self, stage, x))
         block, note = self.prompts[stage.name], None
-        if call is not None and call.norms is not None:
-            note = partial(_note_norms, call.norms, stage.name)
+        if call is not None and call.note is not None:
+            note = partial(call.note, stage.name)
         serial = self.last_stage == 'serial' and stage.path == self.stages[-1].path
         if not serial:
             return add_prompt(block, x, to_map, from_map, note)
@@ -296,20 +296,36 @@ class PromptedBackbone(BaseModule):
         extra = stage.layout.extra_tokens  # which have no prompt to be replaced by
         return torch.cat((x[:, :extra], prompt[:, extra:]), dim=1) if extra else prompt
 
-    @contextlib.contextmanager
-    def record_norms(self) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    def record_norms(self) -> contextlib.AbstractContextManager[dict[str, tuple[Tensor, Tensor]]]:
         """While open, forwards of this thread note (||P(x)||, ||x||) by stage name in the dict that
         it yields."""
+        return self._recorded(lambda prompt, feature, image: (prompt.norm(), feature.norm()))
+
+    def record_maps(self) -> contextlib.AbstractContextManager[
+            dict[str, tuple[Tensor, Tensor, tuple[int, int]]]]:
+        """As :meth:`record_norms`, with the norms over channels at each pixel of the feature, both
+        (N, H, W), and with height and width of the images, pixels."""
+        return self._recorded(lambda prompt, feature, image: (
+            prompt.norm(dim=1), feature.norm(dim=1), image))
+
+    @contextlib.contextmanager
+    def _recorded(self, measure: Callable[[Tensor, Tensor, tuple], tuple]) -> Iterator[dict]:
+        found = {}
+
+        def note(name: str, prompt: Tensor, feature: Tensor) -> None:
+            found[name] = measure(prompt.detach().float(), feature.detach().float(),
+                                  calls.current(self).image)
+
         outer = calls.current(self) or calls.Call(None)
-        with calls.opened(self, calls.Call(outer.image, outer.plain, norms={})) as call:
-            yield call.norms
+        with calls.opened(self, calls.Call(outer.image, outer.plain, note)):
+            yield found
 
     @contextlib.contextmanager
     def without_prompts(self) -> Iterator[None]:
         """While open, forwards of this thread run the backbone without its prompts, whatever calls
         it: this module, the model around it or ``backbone`` itself."""
         outer = calls.current(self) or calls.Call(None)
-        with calls.opened(self, calls.Call(outer.image, True, outer.norms)):
+        with calls.opened(self, calls.Call(outer.image, True, outer.note)):
             yield
 
     def unwrap(self) -> nn.Module:
@@ -428,10 +444,6 @@ class PromptedBackbone(BaseModule):
             if inner is None or name.startswith('_'):
                 raise
             return getattr(inner, name)
-
-
-def _note_norms(norms: dict, name: str, prompt: Tensor, feature: Tensor) -> None:
-    norms[name] = prompt.detach().float().norm(), feature.detach().float().norm()
 
 
 def _drop_frozen(module: PromptedBackbone, destination, prefix: str, _) -> None:
