@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from . import functional
 from .graph import TORCH_BEFORE_2_3, builds_graph, check_frozen, is_recorded
 from .layers import LeanLayer
+from .precision import is_autocast
 
 
 class MultiheadAttention(LeanLayer):
@@ -101,6 +103,66 @@ class WindowMSA(LeanLayer):
             biases.append(mask.unsqueeze(1))
         y = functional.packed_attention(self.qkv(x), self.num_heads, self.scale, biases)
         return self.proj_drop(self.proj(y))
+
+
+class BEiTAttention(LeanLayer):
+    """Attention of all tokens with a relative position bias, of mmseg's and mmpretrain's BEiT.
+
+    The bias, a number for each pair of tokens and each head, is computed again from its table.
+    """
+
+    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
+        own = [p for p in (self.qkv.weight, getattr(self, 'q_bias', None),
+                           getattr(self, 'v_bias', None)) if p is not None]
+        if is_recorded() or (self.training and self.attn_drop.p) or self._trains() or any(
+                p.requires_grad for p in own) or self.qkv._forward_hooks:
+            return super().forward(x) if rel_pos_bias is None else super().forward(x, rel_pos_bias)
+        if self.bias == 'qv_bias':
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+            qkv = functional.linear(x, self.qkv.weight, bias, self._owner(), self.lean.rounds)
+        else:
+            qkv = self.qkv(x)
+        table = self.relative_position_bias_table
+        biases = [t for t in (table, rel_pos_bias) if t is not None]
+        y = functional.packed_attention(
+            qkv, self.num_heads, self.scale, biases,
+            expand=partial(_relative_bias, table is not None, self.relative_position_index))
+        return self.proj_drop(self.proj(y))
+
+
+class WindowMSAV2(LeanLayer):
+    """Cosine attention within windows, of mmpretrain's Swin V2."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        position = [*self.cpb_mlp.parameters(), self.qkv.weight]
+        if is_recorded() or is_autocast(x.device.type) or self._trains() or (
+                self.training and self.attn_drop.p) or self.qkv._forward_hooks or any(
+                    p.requires_grad for p in position):
+            return super().forward(x, mask)
+        bias = None
+        if self.q_bias is not None:
+            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        qkv = functional.linear(x, self.qkv.weight, bias, self._owner(), self.lean.rounds)
+        with torch.no_grad():
+            factors = self.logit_scale.clamp(max=math.log(1. / 0.01)).exp()
+            table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+            tokens = self.window_size[0] * self.window_size[1]
+            near = table[self.relative_position_index.view(-1)].view(tokens, tokens, -1)
+            biases = [16 * near.permute(2, 0, 1).contiguous().sigmoid().unsqueeze(0)]
+        if mask is not None:
+            biases.append(mask.unsqueeze(1))
+        y = functional.cosine_attention(qkv, self.num_heads, factors, biases)
+        return self.proj_drop(self.proj(y))
+
+
+def _relative_bias(has_table: bool, index: Tensor | None, kept: Sequence[Tensor]) -> list[Tensor]:
+    """Biases of shape (1, heads, tokens, tokens): of a table with a row for each distance, and one
+    that the layers share."""
+    kept = list(kept)
+    if has_table:
+        table = kept[0][index.view(-1)].view(*index.shape, -1)
+        kept[0] = table.permute(2, 0, 1).contiguous().unsqueeze(0)
+    return [bias if bias.dim() == 4 else bias.unsqueeze(0) for bias in kept]
 
 
 class ShiftWindowMSA(LeanLayer):

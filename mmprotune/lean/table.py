@@ -43,6 +43,9 @@ _TABLE = {
     'mmdet.models.backbones.swin.WindowMSA': attention_layers.WindowMSA,
     'mmseg.models.backbones.swin.WindowMSA': attention_layers.WindowMSA,
     'mmpretrain.models.utils.attention.WindowMSA': attention_layers.WindowMSA,
+    'mmseg.models.backbones.beit.BEiTAttention': attention_layers.BEiTAttention,
+    'mmpretrain.models.utils.attention.BEiTAttention': attention_layers.BEiTAttention,
+    'mmpretrain.models.utils.attention.WindowMSAV2': attention_layers.WindowMSAV2,
     'mmdet.models.backbones.swin.ShiftWindowMSA': attention_layers.ShiftWindowMSA,
     'mmseg.models.backbones.swin.ShiftWindowMSA': attention_layers.ShiftWindowMSA,
 }
@@ -52,7 +55,8 @@ DROPS_WEIGHTS = frozenset((
     'mmseg.models.backbones.mit.EfficientMultiheadAttention',
     'mmdet.models.backbones.pvt.SpatialReductionAttention',
 ))
-ATTENTION = (attention_layers.MultiheadAttention, attention_layers.WindowMSA)
+ATTENTION = (attention_layers.MultiheadAttention, attention_layers.WindowMSA,
+             attention_layers.BEiTAttention, attention_layers.WindowMSAV2)
 STORES_WEIGHTS = (layers.Conv, layers.Linear, attention_layers.MultiheadAttention)
 STOCK_STORES_WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
 

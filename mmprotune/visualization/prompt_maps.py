@@ -19,9 +19,9 @@ def draw_prompt_maps(images: Sequence[np.ndarray],
         recorded (Mapping): What :meth:`~mmprotune.PromptedBackbone.record_maps` noted meanwhile.
 
     Yields:
-        tuple[int, str, float, np.ndarray]: Index of the image, stage name, the strongest value (norm
-        of the prompt over that of the feature that it is added to; no unit), and the picture, uint8
-        of shape (H, W, 3), RGB.
+        tuple[int, str, float, np.ndarray]: Index of the image, stage name, the strongest value
+        (norm of the prompt over that of the feature that it is added to; no unit), and the picture,
+        uint8 of shape (H, W, 3), RGB.
     """
     for name, (prompt, feature, size) in recorded.items():
         ratios = (prompt / feature.clamp_min(1e-12)).cpu().numpy()

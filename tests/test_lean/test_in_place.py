@@ -77,6 +77,12 @@ def gate(x):
     return x * torch.sigmoid(x)
 
 
+def cosines(qkv):
+    """Queries and keys of length one in each of two heads, and the values."""
+    q, k, v = qkv.chunk(3, -1)
+    return *(F.normalize(t.unflatten(-1, (2, -1)), dim=-1).flatten(-2) for t in (q, k)), v
+
+
 def stock_attention(q, k, v):
     q, k, v = (t.unflatten(-1, (2, -1)).transpose(-2, -3) for t in (q, k, v))
     return ((q * 0.5 @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(-2, -3).flatten(-2)
@@ -133,6 +139,10 @@ FUNCTIONS = {
                                           lambda x: F.adaptive_avg_pool2d(x, (None, None)), MAPS),
     'packed attention': (lambda x: lean.packed_attention(x, 2, 0.5),
                          lambda x: stock_attention(*x.chunk(3, -1)), [(2, 5, 12), (2, 1, 12)]),
+    'cosine attention': (
+        lambda x: lean.cosine_attention(x, 2, torch.full((2, 1, 1), 3., dtype=x.dtype)),
+        lambda x: stock_attention(*(unit * s for unit, s in zip(
+            cosines(x), (6, 1, 1)))), [(2, 5, 12), (2, 1, 12)]),
     'attention': (lambda x: lean.attention(x, x * 2, x + 1, 2, 0.5),
                   lambda x: stock_attention(x, x * 2, x + 1), [(2, 5, 12), (2, 1, 12)]),
     'unfold': (lambda x: lean.unfold(x, 3, padding=1), lambda x: F.unfold(x, 3, padding=1), MAPS),
@@ -254,6 +264,9 @@ LAYERS = {
     'torch.nn.modules.fold.Unfold': (lambda: nn.Unfold(2), (), MAPS),
     'mmdet.models.backbones.swin.WindowMSA': (6, ), 'mmseg.models.backbones.swin.WindowMSA': (6, ),
     'mmpretrain.models.utils.attention.WindowMSA': (6, ),
+    'mmseg.models.backbones.beit.BEiTAttention': (6, ),
+    'mmpretrain.models.utils.attention.BEiTAttention': (6, ),
+    'mmpretrain.models.utils.attention.WindowMSAV2': (6, ),
     'mmdet.models.backbones.swin.ShiftWindowMSA': (6, ),
     'mmseg.models.backbones.swin.ShiftWindowMSA': (6, ),
 }
@@ -266,7 +279,12 @@ def layer_of(path):
         return make(), args, shapes
     if path.endswith('.ShiftWindowMSA'):
         return host(path, 6, 2, window_size=3, shift_size=1), ((4, 5), ), [(2, 20, 6)]
-    if path.endswith('.WindowMSA'):
+    if path.endswith('.BEiTAttention'):
+        layer = host(path, 6, num_heads=2, window_size=(2, 3), use_rel_pos_bias=True)
+        for p in layer.parameters():
+            nn.init.normal_(p)
+        return layer, (), [(4, 7, 6)]
+    if path.endswith(('.WindowMSA', '.WindowMSAV2')):
         return host(path, 6, num_heads=2, window_size=(2, 3)), (), [(4, 6, 6)]
     shapes = [(2, 3, 4, 5, 6)] if path.endswith('3d') else MAPS[:1]
     return host(path, *entry), (), shapes

@@ -193,7 +193,7 @@ def test_images_of_another_suffix(tmp_path):
                metainfo=dict(classes=('a', )), pipeline=[],
                data_prefix=dict(img_path='images', seg_map_path='masks'))
     init_default_scope('mmseg')
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match='at least one array') as caught:
         DATASETS.build(cfg)
     told = dataset_error(caught.value)
     assert isinstance(told, DataError)

@@ -16,7 +16,7 @@ from .activations import (
     sigmoid,
     tanh,
 )
-from .attention import attention, packed_attention
+from .attention import attention, cosine_attention, packed_attention
 from .convolution import Convolution, convolution
 from .linear import linear
 from .norms import batch_norm, group_norm, layer_norm
@@ -25,6 +25,7 @@ from .rearrange import rearranged, unfold
 
 __all__ = [
     'Convolution', 'activation', 'adaptive_avg_pool2d', 'attention', 'avg_pool2d', 'batch_norm',
-    'clamp', 'convolution', 'group_norm', 'hardsigmoid', 'hardtanh', 'layer_norm', 'leaky_relu',
-    'linear', 'max_pool2d', 'packed_attention', 'rearranged', 'relu', 'sigmoid', 'tanh', 'unfold'
+    'clamp', 'convolution', 'cosine_attention', 'group_norm', 'hardsigmoid', 'hardtanh',
+    'layer_norm', 'leaky_relu', 'linear', 'max_pool2d', 'packed_attention', 'rearranged', 'relu',
+    'sigmoid', 'tanh', 'unfold'
 ]

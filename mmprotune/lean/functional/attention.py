@@ -1,12 +1,13 @@
 """Softmax attention that keeps queries, keys and values, never the probabilities."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from ..graph import Kept, Producer, builds_graph, check_frozen
 from ..precision import Precision, without_autocast
@@ -22,8 +23,10 @@ CHUNK_BYTES_ELSEWHERE = 256 << 20
 class _Attention:
     """Computes attention, a part of the batch and of the heads at a time."""
 
-    def __init__(self, heads: int, scale: float, divides: bool = False) -> None:
+    def __init__(self, heads: int, scale: float, divides: bool = False,
+                 expand: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None) -> None:
         self.heads, self.scale, self.divides = heads, scale, divides
+        self.expand = expand or (lambda biases: biases)
 
     def split(self, projected: Sequence[Tensor]) -> list[Tensor]:
         """Views of queries, keys and values, each of shape (B, heads, tokens, channels)."""
@@ -60,6 +63,7 @@ class _Attention:
 
     def forward(self, projected: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
         q, k, v = self.split(projected)
+        biases = self.expand(biases)
         out = None
         for part in self.parts(q, k):
             mixed = torch.bmm(self.probabilities(q, k, biases, part)[0], _matrices(v[part]))
@@ -73,6 +77,7 @@ class _Attention:
     def backward(self, grad: Tensor, projected: Sequence[Tensor], biases: Sequence[Tensor],
                  precision: Precision) -> list[Tensor]:
         q, k, v = self.split(projected)
+        biases = self.expand(biases)
         grad = grad.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         gradients = [torch.empty_like(p) for p in projected]
         q_grad, k_grad, v_grad = self.split(gradients)
@@ -83,12 +88,49 @@ class _Attention:
             scores = torch.bmm(g, _matrices(v[part]).to(g.dtype).transpose(1, 2))
             scores = aten._softmax_backward_data(
                 scores.to(mixing.dtype), mixing, -1, mixing.dtype).to(g.dtype)
+            of_q, of_k = self.gradients(scores, queries.to(g.dtype), keys.to(g.dtype), q, k, part)
             for target, value in (
-                (v_grad, torch.bmm(mixing.to(g.dtype).transpose(1, 2), g)),
-                (q_grad, torch.bmm(scores, keys.to(g.dtype)).mul_(self.scale)),
-                (k_grad, torch.bmm(scores.transpose(1, 2), queries.to(g.dtype)))):
+                (v_grad, torch.bmm(mixing.to(g.dtype).transpose(1, 2), g)), (q_grad, of_q),
+                    (k_grad, of_k)):
                 target[part] = value.view(target[part].shape)
         return gradients
+
+    def gradients(self, scores: Tensor, queries: Tensor, keys: Tensor, q: Tensor, k: Tensor,
+                  part: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
+        """Of one part of the queries and the keys, from the gradient of the scores."""
+        return (torch.bmm(scores, keys).mul_(self.scale),
+                torch.bmm(scores.transpose(1, 2), queries))
+
+
+class _CosineAttention(_Attention):
+    """Attention by the cosines of queries and keys, times a factor for each head."""
+
+    def __init__(self, heads: int, factors: Tensor) -> None:
+        super().__init__(heads, 1.)
+        self.factors = factors
+
+    def probabilities(self, q: Tensor, k: Tensor, biases: Sequence[Tensor],
+                      part: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
+        shape = q[part].shape[:3]
+        q, k = (F.normalize(_matrices(t[part]), dim=-1) for t in (q, k))
+        scores = torch.bmm(q, k.transpose(1, 2)).view(*shape, -1).mul_(self.factors[part[1]])
+        for bias in biases:
+            scores = scores.add_(_rows(bias, *part))
+        return scores.flatten(0, 1).softmax(dim=-1), q, k
+
+    def gradients(self, scores: Tensor, queries: Tensor, keys: Tensor, q: Tensor, k: Tensor,
+                  part: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
+        scores = scores.view(*q[part].shape[:3], -1).mul(self.factors[part[1]]).flatten(0, 1)
+        return (_through_normalize(torch.bmm(scores, keys), queries, q[part]),
+                _through_normalize(torch.bmm(scores.transpose(1, 2), queries), keys, k[part]))
+
+
+def _through_normalize(grad: Tensor, unit: Tensor, vectors: Tensor) -> Tensor:
+    """The gradient of vectors from that of ``F.normalize`` of them."""
+    norm = _matrices(vectors).norm(dim=-1, keepdim=True)
+    # Of shorter vectors than that, the divisor is a constant.
+    along = (unit * grad).sum(-1, keepdim=True) * (norm > 1e-12)
+    return (grad - unit * along) / norm.clamp_min(1e-12)
 
 
 def _matrices(part: Tensor) -> Tensor:
@@ -136,7 +178,9 @@ class _Attend(Function):
 
 
 def packed_attention(qkv: Tensor, heads: int, scale: float,
-                     biases: Sequence[Tensor] = (), divides: bool = False) -> Tensor:
+                     biases: Sequence[Tensor] = (), divides: bool = False,
+                     expand: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
+                     ) -> Tensor:
     r"""Self-attention :math:`\mathrm{softmax}(s\,q k^T + \sum_i b_i)\,v`.
 
     Keeps ``qkv`` and the biases. Where the frozen layer that made ``qkv`` has an owner (see
@@ -151,12 +195,17 @@ def packed_attention(qkv: Tensor, heads: int, scale: float,
             divisor of B, 1 or heads, tokens, tokens); a divisor of B repeats. Defaults to ().
         divides (bool): Whether to divide by the inverse of ``scale``, which rounds differently.
             Defaults to False.
+        expand (Callable, optional): Computes the biases, forward and backward, from smaller tensors
+            that ``biases`` then holds and that are kept instead. Defaults to None.
 
     Returns:
         Tensor: Of shape (B, tokens, C).
     """
     check_frozen(*biases)
-    method = _Attention(heads, scale, divides)
+    return _packed(_Attention(heads, scale, divides, expand), qkv, biases)
+
+
+def _packed(method: _Attention, qkv: Tensor, biases: Sequence[Tensor]) -> Tensor:
     if not builds_graph(qkv):
         return method.forward([qkv], biases)
     producer = Producer.of(qkv)
@@ -165,6 +214,25 @@ def packed_attention(qkv: Tensor, heads: int, scale: float,
     kept = Kept(producer.x)
     producer.tell(kept, qkv)
     return _Attend.apply(method, kept, producer, biases, producer.x, qkv.detach())
+
+
+def cosine_attention(qkv: Tensor, heads: int, factors: Tensor,
+                     biases: Sequence[Tensor] = ()) -> Tensor:
+    r"""Self-attention :math:`\mathrm{softmax}(f \cos(q, k) + \sum_i b_i)\,v`, as Swin V2 has it.
+
+    Keeps what :func:`packed_attention` keeps.
+
+    Args:
+        qkv (Tensor): Queries, keys and values side by side, of shape (B, tokens, 3 C).
+        heads (int): Heads.
+        factors (Tensor): Of shape (heads, 1, 1).
+        biases (Sequence[Tensor]): See :func:`packed_attention`. Defaults to ().
+
+    Returns:
+        Tensor: Of shape (B, tokens, C).
+    """
+    check_frozen(factors, *biases)
+    return _packed(_CosineAttention(heads, factors), qkv, biases)
 
 
 def attention(q: Tensor,
