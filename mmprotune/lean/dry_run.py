@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .graph import run_folded
 
 # Image sizes (H, W) tried in turn, small ones first: not square, which tells height from width.
-IMAGE_SIZES = ((64, 96), (128, 192), (224, 224), (256, 256), (384, 384))
+IMAGE_SIZES = ((64, 96), (128, 192), (224, 224), (256, 256), (384, 384), (512, 512))
 # Channels tried in turn.
 IMAGE_CHANNELS = (3, 1)
 
