@@ -19,11 +19,14 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from mmprotune.comparison import plan as plans
+from mmprotune.comparison import report as reports
+from mmprotune.comparison import runs
+from mmprotune.comparison.holdout import Split, make_split
+from mmprotune.comparison.methods import Method, read_method
+from mmprotune.comparison.plan import Plan, Results
 from mmprotune.config_nodes import find_backbones, nodes_in, type_name
-from mmprotune.engine import cli, comparison, comparison_report, comparison_runs
-from mmprotune.engine.comparison import Plan, Results
-from mmprotune.engine.holdout import Split, make_split
-from mmprotune.engine.methods import Method, read_method
+from mmprotune.engine import cli
 from mmprotune.errors import LaunchError, listed
 
 METHODS = Path(__file__).resolve().parents[1] / 'configs' / 'methods'
@@ -131,7 +134,7 @@ def report(folder: Path, names: Sequence[str] | None = None, metric: str | None 
         check_metric(cell, result, metric)
     names = names or [name for name in about['methods']
                       if any(cell.method == name for cell in results)]
-    print(comparison_report.write(names, results, metric, about, folder))
+    print(reports.write(names, results, metric, about, folder))
     print(f'written to {folder / "methods"}.md, .json, .png')
 
 
@@ -205,7 +208,7 @@ def digest(content: dict) -> str:
 
 def use_no_workers(cfg: Config, args: argparse.Namespace) -> None:
     """Lets runs on a CPU load their images themselves, where --cfg-options do not say otherwise."""
-    if comparison_runs.devices():
+    if runs.devices():
         return
     for key in ('train_dataloader', 'val_dataloader'):
         if f'{key}.num_workers' not in (args.cfg_options or {}):
@@ -221,15 +224,15 @@ def run(cfg: Config, plan: Plan, split: Split | None, results: Results,
         LaunchError: No run reports the metric.
     """
     results.forget_failures()
-    jobs = args.jobs or len(comparison_runs.devices()) or 1
-    done = sum(cell in results.known for cell in comparison.due(plan, results.known))
+    jobs = args.jobs or len(runs.devices()) or 1
+    done = sum(cell in results.known for cell in plans.due(plan, results.known))
     if done:
         print(f'{done} runs are in {results.file} already', flush=True)
     for cell, result in results.known.items():
         check_metric(cell, result, plan.metric)
-    for cell, result, left in comparison_runs.run_all(
+    for cell, result, left in runs.run_all(
             cfg, plan, split, results, args.out / 'logs', jobs, args.threads):
-        seconds = comparison.time_to_go(plan, results.known, left, jobs)
+        seconds = plans.time_to_go(plan, results.known, left, jobs)
         told = result['error'] or (
             f'{plan.metric} {result["metrics"].get(plan.metric, math.nan):.4g}'
             if cell.phase != 'cost' else f'{result["metrics"]["trained_backbone"]:,.0f} parameters '
@@ -239,7 +242,7 @@ def run(cfg: Config, plan: Plan, split: Split | None, results: Results,
         check_metric(cell, result, plan.metric)
 
 
-def check_metric(cell: comparison.Cell, result: dict, metric: str) -> None:
+def check_metric(cell: plans.Cell, result: dict, metric: str) -> None:
     """Raises :class:`LaunchError` where a run was scored, but not by the metric."""
     if cell.phase != 'cost' and not result['error'] and metric not in result['metrics']:
         raise LaunchError(f'--metric: {metric!r} is not reported; val_evaluator reports '

@@ -11,9 +11,9 @@ import statistics
 import pytest
 from mmengine.config import Config
 
-from mmprotune.engine import comparison_runs
-from mmprotune.engine.comparison import Cell, Plan, Results, due, sweep_of
-from mmprotune.engine.methods import Method
+from mmprotune.comparison import runs
+from mmprotune.comparison.methods import Method
+from mmprotune.comparison.plan import Cell, Plan, Results, due, sweep_of
 from mmprotune.errors import LaunchError
 
 from ..classification import draw_folder
@@ -76,13 +76,13 @@ def scored(monkeypatch, score) -> list[Cell]:
         if cell.phase == 'cost':
             return dict(trained_backbone=1, trained=2, kept=3, checkpoint=4)
         return dict(m=score(cell))
-    monkeypatch.setattr(comparison_runs, 'run_cell', run_cell)  # what is forked has it too
-    begun, job = [], comparison_runs._Job
+    monkeypatch.setattr(runs, 'run_cell', run_cell)  # what is forked has it too
+    begun, job = [], runs._Job
 
     def counted(cell, *args):
         begun.append(cell)
         return job(cell, *args)
-    monkeypatch.setattr(comparison_runs, '_Job', counted)
+    monkeypatch.setattr(runs, '_Job', counted)
     return begun
 
 
@@ -277,7 +277,7 @@ def test_no_final_run_before_its_rate_is_known():
 def test_schedules_keep_their_shape(schedule, key, rate):
     cfg = Config(dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=1e-3)),
                       param_scheduler=[dict(type='LinearLR', start_factor=0.1), schedule]))
-    comparison_runs.set_rate(cfg, 1e-2)
+    runs.set_rate(cfg, 1e-2)
     assert cfg.optim_wrapper.optimizer.lr == 1e-2
     assert cfg.param_scheduler[1][key] == pytest.approx(rate)
     assert cfg.param_scheduler[0].start_factor == 0.1
@@ -288,7 +288,7 @@ def test_schedules_keep_their_shape(schedule, key, rate):
 
 def test_on_gpus_each_run_sees_one(config, tmp_path, monkeypatch):
     """Processes of their own from the ground up, which CUDA needs."""
-    monkeypatch.setattr(comparison_runs, 'devices', lambda: ['5', '7'])
+    monkeypatch.setattr(runs, 'devices', lambda: ['5', '7'])
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '5,7')
     starts, start = [], multiprocessing.process.BaseProcess.start
 
@@ -310,9 +310,9 @@ def test_which_gpus(monkeypatch):
     monkeypatch.setattr('torch.cuda.is_available', lambda: True)
     monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,1')
-    assert comparison_runs.devices() == ['3', '1']
+    assert runs.devices() == ['3', '1']
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
-    assert comparison_runs.devices() == ['0', '1']
+    assert runs.devices() == ['0', '1']
 
 
 # --- bad input --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
-from mmprotune.engine.holdout import _covering, hold_out, make_split
+from mmprotune.comparison.holdout import _covering, hold_out, make_split
 from mmprotune.errors import LaunchError
 
 from ..classification import draw_folder

@@ -7,8 +7,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from mmprotune.comparison.methods import PARTS, apply_method, parts_of, read_method
 from mmprotune.config_nodes import type_name
-from mmprotune.engine.methods import PARTS, apply_method, parts_of, read_method
 from mmprotune.errors import LaunchError
 
 from ..classification import classifier_cfg

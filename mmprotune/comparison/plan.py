@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mmprotune.engine.methods import Method
 from mmprotune.errors import LaunchError
+
+from .methods import Method
 
 # How often the grid is extended on a side where the best rate is its last.
 EXTENSIONS = 2

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from mmprotune.engine.comparison import Cell, mean_score, score_of
 from mmprotune.version import __version__
+
+from .plan import Cell, mean_score, score_of
 
 MIB = 2**20
 LIBRARIES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')

@@ -26,12 +26,13 @@ from mmengine.runner import Runner, set_random_seed
 from torch import nn
 
 from mmprotune.config_nodes import dicts_in, type_name
-from mmprotune.engine.comparison import Cell, Plan, Results, due, still_to_come
-from mmprotune.engine.holdout import Split, hold_out
-from mmprotune.engine.methods import Method, apply_method
 from mmprotune.engine.runner import build_runner
 from mmprotune.errors import MMProtuneError
 from mmprotune.lean.memory import KeptBytes
+
+from .holdout import Split, hold_out
+from .methods import Method, apply_method
+from .plan import Cell, Plan, Results, due, still_to_come
 
 # Of the hooks that a cell has no use for: they write files, or figures for people.
 IDLE_HOOKS = ('CheckpointHook', 'PromptCheckpointHook', 'PromptStatsHook', 'EarlyStoppingHook')
