@@ -79,6 +79,7 @@ setup(
     'MMPretrain',
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
+    author='mmprotune contributors',
     license='Apache-2.0',
     license_files=['LICENSE'],
     classifiers=[
@@ -88,7 +89,7 @@ setup(
     ],
     keywords='prompt tuning, parameter-efficient fine-tuning, object detection, segmentation',
     packages=find_packages(include=['mmprotune', 'mmprotune.*']),
-    python_requires='>=3.9',
+    python_requires='>=3.9,<3.14',  # MMEngine needs pkgutil.find_loader
     install_requires=[
         'mmengine>=0.10.0,<1',
         'numpy',

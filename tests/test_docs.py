@@ -23,7 +23,8 @@ from mmprotune.engine.runner import build_runner
 from mmprotune.testing.noise_batch import noise_item
 from tests.test_configs import ROOT, SIZE, make_small
 
-PAGES = [ROOT / 'README.md', ROOT / 'configs/README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'configs/README.md',
+         *sorted((ROOT / 'docs').rglob('*.md'))]
 # What a reader puts in place of these, here.
 PLACES = {'mmprotune::': f'{ROOT}/configs/', 'path/to/configs': str(ROOT / 'configs')}
 
