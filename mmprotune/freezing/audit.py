@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmprotune.errors import FrozenTensorsChanged
+from mmprotune.errors import FrozenTensorsChanged, listed
 
 from .fingerprint import digest_tensors, fingerprint, identity
 from .freeze import frozen_tensors, live_modules
@@ -90,8 +90,7 @@ def audit(model: nn.Module, snapshot: FrozenSnapshot | None = None, training: bo
                     f'{prefix}{name} ({type(child).__name__}) is frozen, but in training mode')
     moved = [] if snapshot is None else snapshot.moved(model)
     if moved:
-        shown = ', '.join(moved[:5]) + (f' and {len(moved) - 5} more' if len(moved) > 5 else '')
-        raise FrozenTensorsChanged(f'frozen tensors moved: {shown}')
+        raise FrozenTensorsChanged(f'frozen tensors moved: {listed(moved)}')
     for path, part in _frozen_parts(model):  # a snapshot may have been taken too late
         _check_fingerprint(path, part)
 

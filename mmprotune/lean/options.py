@@ -4,6 +4,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
+from mmprotune.errors import listed
+
 
 @dataclass
 class LeanOptions:
@@ -102,9 +104,8 @@ class LeanReport:
         if self.ordinary and self.kept:
             most = sorted(self.ordinary, key=self.ordinary.get, reverse=True)
             shares = [f'{name or "the network itself"} {self.ordinary[name] / self.kept:.0%}'
-                      for name in most[:5]]
+                      for name in most]
             total = sum(self.ordinary.values()) / self.kept
-            rest = f' and {len(most) - 5} more' if len(most) > 5 else ''
             parts.append(f'ordinary modules keep {total:.0%} of the bytes that are left: '
-                         f'{", ".join(shares)}{rest}')
+                         f'{listed(shares)}')
         return '; '.join(parts + self.remarks)
