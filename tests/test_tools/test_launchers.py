@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
 import socket
 import stat
 import subprocess
+import sys
 
 import pytest
 
@@ -162,3 +164,23 @@ def test_two_processes_of_slurm(project, run_command, fake_srun, tmp_path):
     assert done.returncode == 0, done.stderr
     assert '--gres' not in (tmp_path / 'log').read_text()
     assert checkpoint.read(tmp_path / 'run' / 'epoch_1.pth')['meta']['iter'] == 2
+
+
+@pytest.mark.parametrize('arguments', [['--part', '0'], ['--part', '99'], ['--part', 'all'],
+                                       ['--device', 'tpu'], ['--help', '1']], ids=' '.join)
+def test_gpu_check_says_how_it_is_called(arguments):
+    done = subprocess.run(['bash', str(REPO / 'tools/gpu_check.sh'), *arguments],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and 'usage: gpu_check.sh' in done.stderr
+
+
+def test_gpu_check_goes_on_where_it_was(tmp_path):
+    """A part that is marked as done is not run again, and one that fails is told."""
+    env = dict(os.environ, MMPROTUNE_ENV='current', PYTHON=sys.executable)
+    call = ['bash', str(REPO / 'tools/gpu_check.sh'), '--device', 'cpu', '--out', str(tmp_path)]
+    for part in range(1, 22):
+        (tmp_path / f'{part}.done').touch()
+    (tmp_path / 'ablation.json').mkdir()  # so that the last one cannot write its figures
+    done = subprocess.run(call, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 1 and done.stdout.count('done before') == 21
+    assert 'failed: 22 (ablation)' in done.stderr and not (tmp_path / '22.done').exists()
