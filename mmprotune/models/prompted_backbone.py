@@ -39,7 +39,7 @@ from .insertion import INSERT, Stage, Tap, find_places
 from .layout import as_map
 from .modes import modules_with_mode
 from .pretrained import PretrainedFileError, build_backbone, freeze_built, given_backbone
-from .trace import Trace
+from .trace import StageError, Trace
 
 
 @MODELS.register_module()
@@ -162,6 +162,10 @@ class PromptedBackbone(BaseModule):
         self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
         self.frozen_function.copy_(function_of(self, trace=trace))
         self.names_with_mode = modules_with_mode(self, trace)
+        if self.prompts and insert == 'outputs' and self.names_with_mode:
+            raise StageError(f"insert='outputs': {type(self.backbone).__name__} returns other "
+                             'outputs in training, so that it is not known which have a prompt; '
+                             "others are 'stages', 'blocks', 'branches', 'narrow'")
         self.lean_report = LeanReport()
         if lean is not False:
             self._make_lean(LeanOptions.parse(lean), backbone_dtype, trace)

@@ -137,6 +137,9 @@ def test_patterns_by_hand():
     (dict(type='mmpretrain.VisionTransformer', arch='deit-tiny', img_size=64),
      dict(insert='outputs'), StageError,
      "insert='outputs': no feature map is returned"),
+    (dict(type='mmseg.DDRNet', in_channels=3, channels=8, ppm_channels=16,
+          norm_cfg=dict(type='BN')), dict(insert='outputs'), StageError,
+     "insert='outputs': DDRNet returns other outputs in training"),
 ], ids=lambda value: value.get('type') if isinstance(value, dict) else None)
 def test_what_does_not_fit(cfg, options, error, match):
     with pytest.raises(error, match=match):
