@@ -18,7 +18,7 @@ CLASSIFICATION_DECAY = 'LearningRateDecayOptimWrapperConstructor'
 CONSTRUCTOR = 'mmprotune.PromptOptimWrapperConstructor'
 
 
-def protune(cfg: Config, **options) -> Config:
+def protune(cfg: Config, prompt_rates: dict | None = None, **options) -> Config:
     """Wraps the backbone of a stock config in ``PromptedBackbone`` and adds this package's hooks.
 
     The backbone may be anywhere in the model (a tracker's or a semi-supervised model's detector has
@@ -29,6 +29,9 @@ def protune(cfg: Config, **options) -> Config:
 
     Args:
         cfg (Config): Config of mmdet, mmseg or mmpretrain; changed in place.
+        prompt_rates (dict, optional): ``lr_mult`` and ``decay_mult``, what prompts get of the
+            head's learning rate and weight decay: ``optim_wrapper.paramwise_cfg.prompts``.
+            Defaults to None: what the config says there, else the same.
         **options: Arguments of ``PromptedBackbone`` other than its defaults.
 
     Returns:
@@ -60,6 +63,10 @@ def protune(cfg: Config, **options) -> Config:
     hooks = list(cfg.get('custom_hooks') or [])
     present = {type_name(h) for h in hooks if isinstance(h, dict)}
     cfg.custom_hooks = hooks + [dict(type=name) for name in HOOKS if type_name(name) not in present]
+    if prompt_rates is not None:
+        for node in dicts_in(cfg.get('optim_wrapper')):
+            if 'optimizer' in node:
+                node['paramwise_cfg'] = dict(node.get('paramwise_cfg') or {}, prompts=prompt_rates)
     for sentence in set_prompt_rates(cfg):
         print_log(sentence, logger='current')
     constructor = (cfg.get('optim_wrapper') or {}).get('constructor')
@@ -179,6 +186,8 @@ def _drop_layer_decay(node: dict) -> list[str]:
             new['custom_keys'] = custom
     else:
         return []
+    if 'prompts' in old:
+        new['prompts'] = old['prompts']
     del node['constructor']
     node['paramwise_cfg'] = new
     return [f'optim_wrapper.constructor={name!r} is replaced by the default one, with '

@@ -379,6 +379,20 @@ def test_a_rate_of_the_command_line(key):
     assert of_prompts(rates(cfg, nested())) == {(3 * cfg.optim_wrapper.optimizer.lr, 1e-4)}
 
 
+@pytest.mark.parametrize('name', [
+    'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+    'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py'])
+def test_a_rate_given_from_python(name):
+    """Also where a constructor that decays rates with the depth makes way."""
+    cfg = protune(get_config(name), prompt_rates=dict(lr_mult=3., decay_mult=0.5))
+    optimizer = cfg.optim_wrapper.optimizer
+    found = rates(cfg, nested())
+    assert found['head.0.weight'] == (optimizer.lr, optimizer.weight_decay)
+    assert found['backbone.prompts.stage1.reduce.weight'] == (
+        3 * optimizer.lr, 0.5 * optimizer.weight_decay)
+    assert 'prompt_rates' not in cfg.model.backbone
+
+
 @pytest.mark.parametrize(('prompts', 'message'), [
     (3., 'must be a dict with the keys lr_mult and decay_mult, got 3.0'),
     (dict(lr=3.), r"keys lr_mult and decay_mult, got \{'lr': 3.0\}"),
