@@ -22,6 +22,7 @@ model = dict(
         prompt=dict(type='mmprotune.PromptBlock')),
     neck=dict(in_channels=[128, 256, 512, 1024]))
 
-# Those comparisons train with AdamW, 1e-4, decay 0.05.
+# Those comparisons train with AdamW, 1e-4, decay 0.05 (none on norms); biases are exempt here too.
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05))
+    optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.))

@@ -9,5 +9,4 @@ model = dict(
         prompt=dict(type='mmprotune.PromptBlock')))
 
 # The stock recipe trains the backbone at a tenth of the rate; prompts train at the head's.
-optim_wrapper = dict(
-    paramwise_cfg=dict(custom_keys={'backbone.prompts': dict(lr_mult=1.0, decay_mult=1.0)}))
+optim_wrapper = dict(constructor='mmprotune.PromptOptimWrapperConstructor')

@@ -9,8 +9,9 @@ model = dict(
         prompt=dict(type='mmprotune.PromptBlock')))
 
 # The stock recipe lets the learning rate fall with the depth of the layer. Here the backbone is
-# frozen, and prompts at every depth start from the same zero.
+# frozen, and prompts at every depth start from the same zero. It does not decay biases and norms.
 optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05))
+    optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0., flat_decay_mult=0.))

@@ -9,4 +9,6 @@ model = dict(
         prompt=dict(type='mmprotune.PromptBlock')))
 
 # AdamW, for the reason given in _base_/schedule_1x_adamw.py; a one-stage head takes half the rate.
-optim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=0.05))
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.))

@@ -15,3 +15,5 @@ custom_hooks = _base_.custom_hooks + [
     dict(type='mmprotune.FreezeGuardHook'),
     dict(type='mmprotune.PromptStatsHook'),
 ]
+# Its rate is for eight processes with 32 images each; the stock config says 16.
+auto_scale_lr = dict(base_batch_size=256)

@@ -7,3 +7,9 @@ model = dict(
         type='mmprotune.PromptedBackbone',
         backbone={{_base_.model.backbone}},
         prompt=dict(type='mmprotune.PromptBlock')))
+
+# The stock recipe trains the head at ten times the rate of the rest; so do prompts.
+optim_wrapper = dict(constructor='mmprotune.PromptOptimWrapperConstructor')
+
+# For eight processes with two images each.
+auto_scale_lr = dict(enable=False, base_batch_size=16)

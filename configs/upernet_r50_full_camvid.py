@@ -19,3 +19,6 @@ model = dict(
     # A quarter of the stock width: a tenth of the operations, and eleven classes need no more.
     decode_head=dict(channels=128, num_classes=11),
     auxiliary_head=dict(channels=64, num_classes=11))
+
+# For the batch of 4.
+auto_scale_lr = dict(enable=False, base_batch_size=4)

@@ -7,3 +7,6 @@ model = dict(
         type='mmprotune.PromptedBackbone',
         backbone={{_base_.model.backbone}},
         prompt=dict(type='mmprotune.PromptBlock')))
+
+# For eight processes with two images each.
+auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -25,3 +25,6 @@ model = dict(
     neck=dict(in_channels=[192, 192, 192, 192], out_channels=192),
     decode_head=dict(in_channels=[192, 192, 192, 192], channels=128, num_classes=11),
     auxiliary_head=dict(in_channels=192, channels=64, num_classes=11))
+
+# For the batch of 4.
+auto_scale_lr = dict(enable=False, base_batch_size=4)

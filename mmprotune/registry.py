@@ -26,6 +26,9 @@ METRICS = _roots.Registry(
     'metric', parent=_roots.METRICS, scope='mmprotune', locations=['mmprotune.evaluation'])
 EVALUATOR = _roots.Registry(
     'evaluator', parent=_roots.EVALUATOR, scope='mmprotune', locations=['mmprotune.evaluation'])
+OPTIM_WRAPPER_CONSTRUCTORS = _roots.Registry(
+    'optimizer wrapper constructor', parent=_roots.OPTIM_WRAPPER_CONSTRUCTORS, scope='mmprotune',
+    locations=['mmprotune.engine.optim'])
 MODEL_WRAPPERS = _roots.Registry(
     'model_wrapper', parent=_roots.MODEL_WRAPPERS, scope='mmprotune',
     locations=['mmprotune.engine.processes'])

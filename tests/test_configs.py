@@ -1,6 +1,7 @@
 """Every shipped config: it is listed, fits its siblings, builds, and takes a training step."""
 from __future__ import annotations
 
+import argparse
 import collections
 import copy
 import functools
@@ -18,6 +19,7 @@ from mmprotune.config_nodes import without_pretrained
 from mmprotune.engine import cli
 from mmprotune.engine.runner import build_runner
 from mmprotune.models import PromptedBackbone
+from mmprotune.registry import MODELS
 from mmprotune.testing.noise_batch import noise_item
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -114,7 +116,9 @@ def test_methods_differ_in_the_backbone_only():
         for name, content in methods.items():
             backbone = content['model'].pop('backbone')
             content['model'].pop('pretrained', None)
-            content.pop('work_dir', None)
+            if content.pop('work_dir', None):  # of classifiers; each has the rate of its own sweep
+                rate = content['optim_wrapper']['optimizer'].pop('lr')
+                assert rate == (1e-3 if name == 'full' else 1e-2)
             prompted = name != 'full'
             assert (backbone['type'] == 'mmprotune.PromptedBackbone') == prompted
             if prompted:
@@ -127,6 +131,31 @@ def test_methods_differ_in_the_backbone_only():
             assert content == methods['protune']
             compared += 1
     assert compared > len(families)
+
+
+@pytest.mark.parametrize('family', ['mask_rcnn_r18_{}_shapes', 'upernet_swin-t_{}_ade20k'])
+def test_head_only_is_an_option_of_any_config(family):
+    """As configs/README.md says, where there is no file for it."""
+    path = ROOT / 'configs' / f'{family.format("protune")}.py'
+    parser = argparse.ArgumentParser()
+    cli.add_config_arguments(parser)
+    option = parser.parse_args([str(path), '--cfg-options', 'model.backbone.prompt=None'])
+    assert cli.read_config(option).to_dict() == parsed(
+        path.with_name(f'{family.format("frozen")}.py')).to_dict()
+
+
+@pytest.mark.parametrize('options', [
+    ['model.backbone.prompt=None'],
+    ['model.backbone.prompt=None', "model.backbone.trainable=['.*']"]], ids=['head', 'full'])
+def test_what_trains_with_these_options(options):
+    parser = argparse.ArgumentParser()
+    cli.add_config_arguments(parser)
+    path = ROOT / 'configs' / 'mask_rcnn_r18_protune_shapes.py'
+    cfg = without_pretrained(cli.read_config(
+        parser.parse_args([str(path), '--cfg-options', *options])))
+    backbone = MODELS.build(cfg.model.backbone)
+    assert not len(backbone.prompts)
+    assert {p.requires_grad for p in backbone.parameters()} == {len(options) == 2}
 
 
 @all_configs_to_train

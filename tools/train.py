@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.set_resume(cfg, args.resume)
     if cfg.get('load_from'):
         cli.check_checkpoint_path('load_from', cfg.load_from)
+    cli.check_pretrained_files(cfg)
 
     build_runner(cfg).train()
 

@@ -1,10 +1,11 @@
-# ViT-Ti/16, as ViT-B/16. MMPretrain has no file of its own for it: init_cfg.checkpoint has to name
-# one, e.g. timm's vit_tiny_patch16_224 with MMPretrain's keys.
+# ViT-Ti/16, as ViT-B/16, with DeiT's weights.
 _base_ = './cls_backbone_vit-b.py'
 
 model = dict(
     backbone=dict(
         arch='deit-t',
         init_cfg=dict(
-            _delete_=True, type='Pretrained', checkpoint='weights/vit_tiny_p16_mmpretrain.pth')),
+            checkpoint='https://download.openmmlab.com/mmclassification/v0/deit/deit-tiny_pt-4xb256_in1k_20220218-13b382a0.pth')),
     head=dict(in_channels=192))
+mean = [123.675, 116.28, 103.53]
+std = [58.395, 57.12, 57.375]

@@ -1,5 +1,6 @@
-# One schedule for prompted, head-only and full fine-tuning, so that they can be compared; each may
-# want its own learning rate (--cfg-options optim_wrapper.optimizer.lr=…).
+# One schedule for prompted, head-only and full fine-tuning, so that they can be compared, at the rate of
+# full fine-tuning. linear_any_protune_any.py has that of the others; a backbone may want another one
+# (--cfg-options optim_wrapper.optimizer.lr=…): docs/results/classification.md has a sweep.
 optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.))

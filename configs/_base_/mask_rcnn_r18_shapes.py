@@ -90,6 +90,8 @@ param_scheduler = [
         type='CosineAnnealingLR', by_epoch=True, T_max=max_epochs, eta_min=1e-5,
         convert_to_iter_based=True)
 ]
+# For the batch of 8, not of 16.
+auto_scale_lr = dict(base_batch_size=8)
 default_hooks = dict(
     # A run of a minute is started again rather than resumed: no optimizer in the file.
     checkpoint=dict(interval=max_epochs, save_optimizer=False, save_param_scheduler=False),

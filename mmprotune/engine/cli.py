@@ -19,7 +19,15 @@ from mmengine.hub import get_config
 from mmengine.logging import MMLogger
 
 from mmprotune.checkpoints.resuming import newest
-from mmprotune.config_nodes import node_of, prompted_nodes, training_patterns, type_name
+from mmprotune.config_nodes import (
+    FILE_KEYS,
+    file_of,
+    node_of,
+    nodes_in,
+    prompted_nodes,
+    training_patterns,
+    type_name,
+)
 from mmprotune.engine.config import protune
 from mmprotune.errors import LaunchError, MMProtuneError
 
@@ -201,6 +209,31 @@ def check_checkpoint_path(option: str, path: str) -> None:
     """Raises :class:`LaunchError` when a local checkpoint file does not exist."""
     if '://' not in path and not osp.isfile(osp.expanduser(path)):
         raise LaunchError(f'{option}: no file {path!r}')
+
+
+def check_pretrained_files(cfg: Config) -> None:
+    """Looks for the pre-trained files that the model names by a path, before training builds it.
+
+    A checkpoint to load stands in for those of a frozen backbone, which it may hold.
+
+    Args:
+        cfg (Config): The config; ``load_from`` is set.
+
+    Raises:
+        LaunchError: There is none.
+    """
+    frozen = [f'model.{path}' for path, _ in prompted_nodes(cfg.get('model'))]
+    for path, node in nodes_in(cfg.get('model'), 'model'):
+        if cfg.get('load_from') and path.startswith(tuple(frozen)):
+            continue
+        named = {'init_cfg.checkpoint': file_of(node.get('init_cfg')),
+                 **{key: node.get(key) for key in (*FILE_KEYS, 'frozen_from')}}
+        for key, file in named.items():
+            # Some models take the name of a variant for `pretrained`.
+            if isinstance(file, str) and ':' not in file and osp.splitext(file)[1] and \
+                    not osp.isfile(osp.expanduser(file)):
+                raise LaunchError(f'{path}.{key}: no file {file!r}; --cfg-options '
+                                  f'{path}.{key}=PATH names another')
 
 
 def set_resume(cfg: Config, resume: str | None) -> None:

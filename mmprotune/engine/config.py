@@ -8,14 +8,17 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 
 from mmprotune.config_nodes import dicts_in, file_of, find_backbones, type_name
+from mmprotune.engine.optim import PROMPT_MULTIPLIERS
+from mmprotune.errors import LaunchError
 
 HOOKS = ('mmprotune.PromptCheckpointHook', 'mmprotune.FreezeGuardHook', 'mmprotune.PromptStatsHook')
 # Their rates fall with a layer's depth in the backbone, which they read off parameter names.
 DETECTION_DECAY = ('LearningRateDecayOptimizerConstructor', 'LayerDecayOptimizerConstructor')
 CLASSIFICATION_DECAY = 'LearningRateDecayOptimWrapperConstructor'
+CONSTRUCTOR = 'mmprotune.PromptOptimWrapperConstructor'
 
 
-def protune(cfg: Config, **options) -> Config:
+def protune(cfg: Config, prompt_rates: dict | None = None, **options) -> Config:
     """Wraps the backbone of a stock config in ``PromptedBackbone`` and adds this package's hooks.
 
     The backbone may be anywhere in the model (a tracker's or a semi-supervised model's detector has
@@ -26,6 +29,9 @@ def protune(cfg: Config, **options) -> Config:
 
     Args:
         cfg (Config): Config of mmdet, mmseg or mmpretrain; changed in place.
+        prompt_rates (dict, optional): ``lr_mult`` and ``decay_mult``, what prompts get of the
+            head's learning rate and weight decay: ``optim_wrapper.paramwise_cfg.prompts``.
+            Defaults to None: what the config says there, else the same.
         **options: Arguments of ``PromptedBackbone`` other than its defaults.
 
     Returns:
@@ -57,6 +63,10 @@ def protune(cfg: Config, **options) -> Config:
     hooks = list(cfg.get('custom_hooks') or [])
     present = {type_name(h) for h in hooks if isinstance(h, dict)}
     cfg.custom_hooks = hooks + [dict(type=name) for name in HOOKS if type_name(name) not in present]
+    if prompt_rates is not None:
+        for node in dicts_in(cfg.get('optim_wrapper')):
+            if 'optimizer' in node:
+                node['paramwise_cfg'] = dict(node.get('paramwise_cfg') or {}, prompts=prompt_rates)
     for sentence in set_prompt_rates(cfg):
         print_log(sentence, logger='current')
     constructor = (cfg.get('optim_wrapper') or {}).get('constructor')
@@ -106,11 +116,10 @@ def _whole_model_file(cfg: Config, around: list[dict]) -> str | None:
 def set_prompt_rates(cfg: Config) -> list[str]:
     """Gives prompts the head's learning rate and weight decay, in every optimizer of a config.
 
-    * A multiplier for the backbone was found for weights that train. Prompts are named
-      ``backbone.prompts.…`` and would inherit it, so a longer key of ``custom_keys``, which
-      MMEngine prefers, puts them back: the settings of the user's own key for prompts, else the
-      multipliers of what is around the backbone, else 1. Nothing is added where nothing would be
-      inherited, as a custom key also switches off ``norm_decay_mult`` and its like.
+    * Multipliers for the backbone were found for weights that train, and the head may have some of
+      its own. Where there are custom keys, or ``paramwise_cfg.prompts``,
+      :class:`~mmprotune.engine.optim.PromptOptimWrapperConstructor` takes the place of MMEngine's
+      default constructor.
     * A constructor that lets rates fall with the depth has nothing to do in a frozen backbone, and
       cannot read the names in a wrapped one: MMEngine's default constructor takes its place, with
       the weight decay that it would have set.
@@ -120,64 +129,42 @@ def set_prompt_rates(cfg: Config) -> list[str]:
 
     Returns:
         list[str]: What was done, a sentence each.
+
+    Raises:
+        LaunchError: ``paramwise_cfg.prompts`` beside a constructor that does not know it.
     """
-    wrapped = {path: around[-1]['backbone'] for path, around in find_backbones(cfg.get('model'))
-               if type_name(around[-1]['backbone']) == 'PromptedBackbone'}
+    wrapped = [around[-1]['backbone'] for _, around in find_backbones(cfg.get('model'))
+               if type_name(around[-1]['backbone']) == 'PromptedBackbone']
     if not wrapped:
         return []
-    prompted = [path for path, wrapper in wrapped.items() if wrapper.get('prompt', True)]
     done = []
     for node in dicts_in(cfg.get('optim_wrapper')):
         if 'constructor' in node:
             done += _drop_layer_decay(node)
-    for node in dicts_in(cfg.get('optim_wrapper')):
-        keys = (node.get('paramwise_cfg') or {}).get('custom_keys')
-        if keys:
-            for path in _parameter_paths(prompted, cfg.model):
-                done += _set_keys(keys, path, (node.get('optimizer') or {}).get('weight_decay'))
+    if any(wrapper.get('prompt', True) for wrapper in wrapped):
+        for node in dicts_in(cfg.get('optim_wrapper')):
+            if 'optimizer' in node:
+                done += _set_constructor(node)
     return done
 
 
-def _parameter_paths(prompted: list[str], model: dict) -> list[str]:
-    """The wrappers' dotted paths in the model itself, which parameter names begin with."""
-    paths = []
-    for path in prompted:
-        first, _, rest = path.partition('.')
-        # A semi-supervised detector builds one config twice; its teacher is not trained.
-        semi = first == 'detector' and 'semi_train_cfg' in model
-        paths.append(f'student.{rest}' if semi else path)
-    return paths
-
-
-def _set_keys(keys: dict, path: str, weight_decay: float | None) -> list[str]:
-    """Adds what one wrapper's prompts need to ``custom_keys``."""
-    parent = path.rpartition('.')[0] + '.' if '.' in path else ''
-    inherited = [key for key, mult in keys.items()
-                 if key in f'{path}.' and key not in parent and _differs(mult)]
-    if not inherited:
+def _set_constructor(node: dict) -> list[str]:
+    """Sets the constructor of one optimizer, where prompts need another than MMEngine's."""
+    paramwise = node.get('paramwise_cfg') or {}
+    if not paramwise.get('custom_keys') and 'prompts' not in paramwise and all(
+            value == 1 for value in PROMPT_MULTIPLIERS.values()):
         return []
-    around = max((key for key in keys if parent and key in parent), key=len, default=None)
-    plain = dict(lr_mult=1.)
-    if weight_decay is not None:  # MMEngine refuses multipliers of what is not there
-        plain['decay_mult'] = 1.
-    wanted = {f'{path}.prompts': plain if around is None else dict(keys[around])}
-    # MMEngine goes by length: the user's 'prompts' would lose against 'backbone'.
-    for key in sorted((key for key in keys if 'prompts' in key), key=len):
-        if key in f'{path}.{key[key.index("prompts"):]}':
-            wanted[f'{path}.{key[key.index("prompts"):]}'] = dict(keys[key])
-    done = []
-    for key, mult in wanted.items():
-        if key not in keys:
-            keys[key] = mult
-            done.append(f'optim_wrapper.paramwise_cfg.custom_keys: prompts would inherit '
-                        f'{dict(keys[max(inherited, key=len)])} of {max(inherited, key=len)!r}; '
-                        f'added {key!r}: {mult}')
-    return done
-
-
-def _differs(mult: dict) -> bool:
-    """Whether a custom key changes anything."""
-    return any(value != 1 for value in mult.values())
+    name = type_name(node.get('constructor'))
+    if name in ('', 'DefaultOptimWrapperConstructor'):
+        node['constructor'] = CONSTRUCTOR
+        return [f'optim_wrapper.constructor={CONSTRUCTOR!r} is set: multipliers for the backbone '
+                'are not for its prompts, which train at the rate of the head']
+    if name == type_name(CONSTRUCTOR):
+        return []
+    if 'prompts' in paramwise:
+        raise LaunchError(f'optim_wrapper.paramwise_cfg.prompts={paramwise["prompts"]!r} is for '
+                          f'optim_wrapper.constructor={CONSTRUCTOR!r}, got {name!r}')
+    return [f'optim_wrapper.constructor={name!r} is kept: it decides about the rate of prompts']
 
 
 def _drop_layer_decay(node: dict) -> list[str]:
@@ -199,6 +186,8 @@ def _drop_layer_decay(node: dict) -> list[str]:
             new['custom_keys'] = custom
     else:
         return []
+    if 'prompts' in old:
+        new['prompts'] = old['prompts']
     del node['constructor']
     node['paramwise_cfg'] = new
     return [f'optim_wrapper.constructor={name!r} is replaced by the default one, with '

@@ -1,7 +1,8 @@
 """Which parts of a frozen backbone are told that it trains.
 
 Frozen layers stay in eval mode. Some backbones return more in training, though: features for
-auxiliary heads, or the same image in several branches. What decides about that has to know.
+auxiliary heads, or the same image in several branches. What decides about that has to know; so has
+drop path, where a config asks for it.
 """
 from __future__ import annotations
 
@@ -15,6 +16,9 @@ from mmprotune.lean.dry_run import image_shapes, noise, tensors_in, undisturbed
 
 from . import calls
 from .trace import BATCH, Trace
+
+# What classes are called that drop whole branches at random.
+DROP_PATHS = ('DropPath', 'StochasticDepth')
 
 
 def modules_with_mode(owner: nn.Module, trace: Trace | None = None) -> frozenset[str]:
@@ -53,6 +57,30 @@ def modules_with_mode(owner: nn.Module, trace: Trace | None = None) -> frozenset
         if _returned(owner, told - paths, shape) == wanted:
             told -= paths
     return told
+
+
+def drop_paths(backbone: nn.Module) -> frozenset[str]:
+    """Finds the layers that drop whole branches at random in training, mmcv's, timm's and
+    torchvision's.
+
+    Args:
+        backbone (nn.Module): The backbone.
+
+    Returns:
+        frozenset[str]: Dotted names of those that drop any.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = frozenset(
+        path for path, module in backbone.named_modules()
+        if type(module).__name__.endswith(DROP_PATHS) and
+        getattr(module, 'drop_prob', getattr(module, 'p', None)) != 0)
+    if not found:
+        raise ValueError(f'drop_path=True, but {type(backbone).__name__} has no drop path, or all '
+                         'of it at a rate of 0; model.backbone.backbone.drop_path_rate sets it in '
+                         'most backbones that have it')
+    return found
 
 
 def _asks_for_mode(module: nn.Module) -> bool:

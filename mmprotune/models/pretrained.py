@@ -174,8 +174,33 @@ def _build(cfg: ConfigDict) -> nn.Module:
         module = MODELS.build(cfg)
     _leave_freezing_to_us(module)
     if hasattr(module, 'init_weights'):
-        module.init_weights()
+        try:
+            module.init_weights()
+        except NotImplementedError as error:
+            if 'interp2d' not in str(error):
+                raise
+            with _interp2d():
+                module.init_weights()
     return module
+
+
+@contextlib.contextmanager
+def _interp2d():
+    """While open, SciPy has ``interp2d`` again, which BEiTs stretch their tables of relative
+    positions with, and which SciPy 1.14 took away."""
+    from scipy import interpolate
+    missing = interpolate.interp2d
+
+    def interp2d(x, y, z, kind):
+        degree = dict(linear=1, cubic=3)[kind]
+        spline = interpolate.RectBivariateSpline(x, y, z.T, kx=degree, ky=degree)
+        return lambda new_x, new_y: spline(new_x, new_y).T
+
+    interpolate.interp2d = interp2d
+    try:
+        yield
+    finally:
+        interpolate.interp2d = missing
 
 
 def _leave_freezing_to_us(module: nn.Module) -> None:

@@ -37,7 +37,7 @@ from .arguments import default_to_none
 from .identity import PACKED_BYTES, ROUNDING, difference, function_of, pinned
 from .insertion import INSERT, Stage, Tap, find_places
 from .layout import as_map
-from .modes import modules_with_mode
+from .modes import drop_paths, modules_with_mode
 from .pretrained import PretrainedFileError, build_backbone, freeze_built, given_backbone
 from .trace import StageError, Trace
 
@@ -98,6 +98,9 @@ class PromptedBackbone(BaseModule):
             backbone returns, so that nothing feeds back into it. All but the first are this
             package's. Defaults to 'stages'.
         stem (bool): Whether a prompt stands behind the stem, too. Defaults to False.
+        drop_path (bool): Whether the frozen layers' drop path drops branches in training, at the
+            rates that the backbone's config gives it. Defaults to False: like their dropout, it
+            stands still.
 
     Attributes:
         prompts (nn.ModuleDict): Prompt block by stage name.
@@ -131,10 +134,11 @@ class PromptedBackbone(BaseModule):
                  init_cfg: dict | None = None,
                  frozen_from: str | None = None,
                  insert: str = 'stages',
-                 stem: bool = False) -> None:
+                 stem: bool = False,
+                 drop_path: bool = False) -> None:
         super().__init__()
         _check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean,
-                         insert)
+                         insert, drop_path)
         self.freeze = freeze
         self.trainable = tuple(trainable)
         self.last_stage = last_stage
@@ -166,6 +170,8 @@ class PromptedBackbone(BaseModule):
             raise StageError(f"insert='outputs': {type(self.backbone).__name__} returns other "
                              'outputs in training, so that it is not known which have a prompt; '
                              "others are 'stages', 'blocks', 'branches', 'narrow'")
+        if drop_path:
+            self.names_with_mode |= drop_paths(self.backbone)
         self.lean_report = LeanReport()
         if lean is not False:
             self._make_lean(LeanOptions.parse(lean), backbone_dtype, trace)
@@ -356,7 +362,8 @@ class PromptedBackbone(BaseModule):
         """Sets the mode; whatever is frozen stays in eval mode.
 
         Where a backbone returns more in training (for auxiliary heads, or in several branches),
-        the modules that decide about that are told the mode, and no others.
+        the modules that decide about that are told the mode, with ``drop_path=True`` those that
+        drop branches, and no others.
         """
         super().train(mode)
         keep_frozen_in_eval(self.backbone)
@@ -467,7 +474,7 @@ def _after_load(module: PromptedBackbone, incompatible) -> None:
 
 
 def _check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean,
-                     insert) -> None:
+                     insert, drop_path) -> None:
     for key, value, choices in (('freeze', freeze, ('pretrained', 'all')),
                                 ('last_stage', last_stage, ('residual', 'serial', 'none')),
                                 ('insert', insert, tuple(INSERT)),
@@ -479,6 +486,9 @@ def _check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_d
                          f'insert={insert!r}')
     if LeanOptions.parse(lean) is None and backbone_dtype is not None:
         raise ValueError(f'backbone_dtype={backbone_dtype!r} needs lean layers, but lean=False')
+    if not isinstance(drop_path, bool):
+        raise TypeError(f"drop_path must be True or False (the rate is the backbone's own key "
+                        f'drop_path_rate), got {drop_path!r}')
     if isinstance(trainable, str) or not all(isinstance(t, str) for t in trainable):
         raise TypeError(f'trainable must be a list of regular expressions, got {trainable!r}')
     if prompt is not None and (not isinstance(prompt, dict) or 'type' not in prompt):

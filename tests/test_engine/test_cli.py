@@ -108,6 +108,38 @@ def test_resume_from_nothing(tmp_path):
     cli.check_checkpoint_path('load_from', 'https://example.org/a.pth')  # not a local file
 
 
+@pytest.mark.parametrize(('options', 'key'), [
+    ({'model.backbone.init_cfg': dict(type='Pretrained', checkpoint='no/a.pth')},
+     'model.backbone.init_cfg.checkpoint'),
+    ({'model.pretrained': 'no/a.pth'}, 'model.pretrained'),
+    ({'model.neck.init_cfg': dict(type='Pretrained', checkpoint='no/a.pth')},
+     'model.neck.init_cfg.checkpoint'),
+    ({'model.backbone.frozen_from': 'no/a.pth'}, 'model.backbone.frozen_from')])
+def test_a_missing_pretrained_file_is_named_with_its_key(options, key):
+    cfg = Config(dict(model=dict(backbone=dict(type='X'), neck=dict(type='Y'))))
+    cli.check_pretrained_files(cfg)
+    cfg.merge_from_dict(options)
+    with pytest.raises(LaunchError, match=rf"^{key}: no file 'no/a.pth'; .* {key}=PATH"):
+        cli.check_pretrained_files(cfg)
+
+
+def test_what_is_no_local_file(tmp_path):
+    (tmp_path / 'a.pth').touch()
+    for file in (str(tmp_path / 'a.pth'), 'torchvision://resnet50', 'https://example.org/a.pth',
+                 'ViT-B/16', True):
+        cli.check_pretrained_files(Config(dict(model=dict(backbone=dict(pretrained=file)))))
+
+
+def test_a_checkpoint_stands_in_for_the_file_of_a_frozen_backbone():
+    file = dict(init_cfg=dict(type='Pretrained', checkpoint='no/a.pth'))
+    cfg = Config(dict(load_from='run.pth', model=dict(backbone=dict(
+        type='mmprotune.PromptedBackbone', backbone=dict(type='X', **file)))))
+    cli.check_pretrained_files(cfg)
+    cfg.model.neck = file
+    with pytest.raises(LaunchError, match='^model.neck.init_cfg'):
+        cli.check_pretrained_files(cfg)
+
+
 def test_amp(on_gpu):
     cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
     cli.use_amp(cfg)

@@ -13,8 +13,10 @@ from torch import nn
 
 from mmprotune import FreezeGuardHook, PromptedBackbone, protune
 from mmprotune.config_nodes import type_name
-from mmprotune.engine.config import HOOKS, set_prompt_rates
+from mmprotune.engine import optim
+from mmprotune.engine.config import CONSTRUCTOR, HOOKS, set_prompt_rates
 from mmprotune.engine.runner import build_runner
+from mmprotune.errors import LaunchError
 from tests.classification import classifier_cfg
 from tests.conftest import RESNET18, build
 
@@ -171,7 +173,7 @@ def of_heads(found: dict) -> set:
 def test_a_multiplier_for_the_backbone_is_not_for_prompts(lr_mult):
     cfg = config({'backbone': dict(lr_mult=lr_mult, decay_mult=0.5)})
     sentence, = set_prompt_rates(cfg)
-    assert "inherit {'lr_mult': " in sentence and "added 'backbone.prompts'" in sentence
+    assert "constructor='mmprotune.PromptOptimWrapperConstructor' is set" in sentence
     found = rates(cfg, nested(trainable=('layer4.*', )))
     assert of_prompts(found) == of_heads(found) == {(0.01, 0.1)}
     # What trains of the backbone itself keeps the config's rate.
@@ -186,13 +188,14 @@ def test_without_a_weight_decay():
 
 
 @pytest.mark.parametrize('keys', [
-    {'norm': dict(decay_mult=0.)}, {'backbone': dict(lr_mult=1.)}, {'neck': dict(lr_mult=0.1)},
+    {'norm': dict(decay_mult=0.)}, {'neck': dict(lr_mult=0.1)},
     {'.backbone.classifier': dict(lr_mult=10)}, None])
-def test_nothing_is_added_where_nothing_is_inherited(keys):
-    cfg = config(keys, paramwise_cfg=dict(norm_decay_mult=0.))
-    before = cfg.to_dict()
-    assert set_prompt_rates(cfg) == []
-    assert cfg.to_dict() == before
+def test_rates_stay_where_nothing_is_inherited(keys):
+    cfg = config(keys, paramwise_cfg=dict(norm_decay_mult=0., bias_lr_mult=2.))
+    before, model = rates(cfg, nested()), nested()
+    set_prompt_rates(cfg)
+    assert rates(cfg, model) == before
+    assert ('constructor' in cfg.optim_wrapper) == (keys is not None)
 
 
 def test_models_without_prompts_are_left_alone():
@@ -252,8 +255,7 @@ def test_several_optimizers_and_mixed_precision():
         optim_wrapper=dict(constructor='Own', first=inner, second=copy.deepcopy(inner))))
     assert len(set_prompt_rates(cfg)) == 2
     for name in ('first', 'second'):
-        keys = cfg.optim_wrapper[name].paramwise_cfg.custom_keys
-        assert keys['backbone.prompts'] == dict(lr_mult=1.)
+        assert cfg.optim_wrapper[name].constructor == CONSTRUCTOR
     assert cfg.optim_wrapper.constructor == 'Own'
 
 
@@ -275,8 +277,8 @@ def test_the_runner_of_a_config_in_three_lines(tmp_path):
                experiment_name=tmp_path.name, train_dataloader=dict(dataset=dict()),
                train_cfg=dict(by_epoch=True, max_epochs=1))
     build_runner(cfg)
-    assert 'backbone.prompts' in cfg.optim_wrapper.paramwise_cfg.custom_keys
-    assert "added 'backbone.prompts'" in next(tmp_path.glob('*/*.log')).read_text()
+    assert cfg.optim_wrapper.constructor == CONSTRUCTOR
+    assert f"constructor='{CONSTRUCTOR}' is set" in next(tmp_path.glob('*/*.log')).read_text()
 
 
 # --- layer-wise rates -------------------------------------------------------------------------
@@ -303,7 +305,7 @@ def test_the_classifiers_constructor_keeps_its_decay():
         {'.cls_token': dict(decay_mult=0.), 'head.0': dict(decay_mult=0.5, lr_mult=7.)},
         constructor='LearningRateDecayOptimWrapperConstructor',
         paramwise_cfg=dict(layer_decay_rate=0.65, norm_decay_mult=0.))
-    sentence, = set_prompt_rates(cfg)
+    sentence, _ = set_prompt_rates(cfg)
     assert "'LearningRateDecayOptimWrapperConstructor' is replaced by the default one" in sentence
     assert cfg.optim_wrapper.paramwise_cfg == dict(
         norm_decay_mult=0.,
@@ -312,7 +314,7 @@ def test_the_classifiers_constructor_keeps_its_decay():
     # That constructor takes no rate from custom keys either.
     assert found['head.0.weight'] == (0.01, 0.05)
     assert found['head.1.weight'] == (0.01, 0.)
-    assert found['backbone.prompts.stage1.reduce.weight'] == (0.01, 0.1)
+    assert found['backbone.prompts.stage1.reduce.weight'] == (0.01, 0.05)  # as the head's
 
 
 def test_other_constructors_stay():
@@ -324,3 +326,89 @@ def test_other_constructors_stay():
         cfg = config(constructor=constructor)
         assert set_prompt_rates(cfg) == []
         assert cfg.optim_wrapper.constructor == constructor
+
+
+# --- a rate of their own ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', [
+    'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
+    'mmseg::setr/setr_vit-l_mla_8xb1-80k_cityscapes-768x768.py'])
+def test_a_heads_own_rate_is_the_prompts_too(name):
+    cfg = protune(get_config(name))
+    found = rates(cfg, nested())
+    assert {lr for lr, _ in of_prompts(found)} == {lr for lr, _ in of_heads(found)} == {
+        10 * cfg.optim_wrapper.optimizer.lr}
+
+
+@pytest.mark.parametrize('exempt', [
+    dict(norm_decay_mult=0., bias_decay_mult=0.),
+    dict(custom_keys={'norm': dict(decay_mult=0.), '.bias': dict(decay_mult=0.)})])
+def test_norms_and_biases_stay_exempt(exempt):
+    """Whatever else custom keys say of the backbone, and at a rate of their own."""
+    keys = {'backbone': dict(lr_mult=0.1, decay_mult=0.5), **exempt.pop('custom_keys', {})}
+    cfg = config(keys, paramwise_cfg=dict(prompts=dict(lr_mult=3., decay_mult=0.5), **exempt))
+    set_prompt_rates(cfg)
+    found = {n: rate for n, rate in rates(cfg, nested()).items() if '.prompts.' in n}
+    flat = {rate for n, rate in found.items() if n.endswith('.bias') or '.norm.' in n}
+    assert flat == {(0.03, 0.)}
+    assert set(found.values()) - flat == {(0.03, 0.05)}
+
+
+def test_the_default_is_one_constant(monkeypatch):
+    monkeypatch.setitem(optim.PROMPT_MULTIPLIERS, 'lr_mult', 3.)
+    for keys in (None, {'backbone': dict(lr_mult=0.1)}):
+        cfg = config(keys)
+        set_prompt_rates(cfg)
+        found = rates(cfg, nested())
+        assert of_prompts(found) == {(0.03, 0.1)} and of_heads(found) == {(0.01, 0.1)}
+    cfg = config({'head': dict(lr_mult=10.)})
+    set_prompt_rates(cfg)
+    assert of_prompts(rates(cfg, nested())) == {(0.3, 0.1)}
+    cfg = config({'backbone.prompts': dict(lr_mult=2.)})  # a key of the user's own is the rate
+    set_prompt_rates(cfg)
+    assert of_prompts(rates(cfg, nested())) == {(0.02, 0.1)}
+
+
+@pytest.mark.parametrize('key', ['prompts', 'custom_keys.prompts'])
+def test_a_rate_of_the_command_line(key):
+    """It comes after ``--protune`` has set all that the stock config asks for."""
+    cfg = protune(get_config('mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'))
+    cfg.merge_from_dict({f'optim_wrapper.paramwise_cfg.{key}.lr_mult': 3})
+    assert set_prompt_rates(cfg) == []
+    assert of_prompts(rates(cfg, nested())) == {(3 * cfg.optim_wrapper.optimizer.lr, 1e-4)}
+
+
+@pytest.mark.parametrize('name', [
+    'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+    'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py'])
+def test_a_rate_given_from_python(name):
+    """Also where a constructor that decays rates with the depth makes way."""
+    cfg = protune(get_config(name), prompt_rates=dict(lr_mult=3., decay_mult=0.5))
+    optimizer = cfg.optim_wrapper.optimizer
+    found = rates(cfg, nested())
+    assert found['head.0.weight'] == (optimizer.lr, optimizer.weight_decay)
+    assert found['backbone.prompts.stage1.reduce.weight'] == (
+        3 * optimizer.lr, 0.5 * optimizer.weight_decay)
+    assert 'prompt_rates' not in cfg.model.backbone
+
+
+@pytest.mark.parametrize(('prompts', 'message'), [
+    (3., 'must be a dict with the keys lr_mult and decay_mult, got 3.0'),
+    (dict(lr=3.), r"keys lr_mult and decay_mult, got \{'lr': 3.0\}"),
+    (dict(lr_mult=-1), 'prompts.lr_mult must be a number that is not negative, got -1'),
+    (dict(decay_mult='0.5'), "prompts.decay_mult must be a number that is not negative, got '0.5'"),
+    (dict(decay_mult=2.), 'prompts.decay_mult multiplies optim_wrapper.optimizer.weight_decay')])
+def test_what_is_no_rate(prompts, message):
+    cfg = config(paramwise_cfg=dict(prompts=prompts), weight_decay=None)
+    set_prompt_rates(cfg)
+    with pytest.raises(LaunchError, match=message):
+        rates(cfg, nested())
+
+
+def test_a_rate_beside_another_constructor_is_refused():
+    with pytest.raises(LaunchError, match='optim_wrapper.paramwise_cfg.prompts=.* is for '
+                       f"optim_wrapper.constructor='{CONSTRUCTOR}', got 'Own'"):
+        set_prompt_rates(config(constructor='Own', paramwise_cfg=dict(prompts=dict(lr_mult=2.))))
+    sentence, = set_prompt_rates(config({'backbone': dict(lr_mult=0.1)}, constructor='Own'))
+    assert "constructor='Own' is kept: it decides about the rate of prompts" in sentence

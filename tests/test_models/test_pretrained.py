@@ -138,6 +138,33 @@ def test_resized_position_tables_count_as_filled(swin, tmp_path):
     assert not tables & same(model, swin)
 
 
+@pytest.mark.parametrize('host', ['mmpretrain', 'mmseg'])
+def test_tables_of_a_beit_are_stretched(host, tmp_path):
+    """With the function that SciPy 1.14 took away."""
+    if host == 'mmpretrain':
+        cfg = dict(type='mmpretrain.BEiTViT', patch_size=8, out_type='featmap', arch=dict(
+            embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=32))
+    else:
+        cfg = dict(type='mmseg.BEiT', patch_size=8, embed_dims=32, num_layers=2, num_heads=2,
+                   out_indices=(1, ), mlp_ratio=1, qv_bias=True, init_values=0.1)
+    torch.manual_seed(0)
+    small = MODELS.build(dict(cfg, img_size=(64, 64)))
+    for parameter in small.parameters():
+        torch.nn.init.normal_(parameter)
+    weights = small.state_dict()
+    torch.save(weights, tmp_path / 'beit.pth')
+    model = prompted(dict(cfg, img_size=(96, 96)), tmp_path / 'beit.pth')
+    assert not trains(model)
+    tables = {n: t for n, t in model.backbone.state_dict().items() if n.endswith('bias_table')}
+    assert len(tables) == 2
+    for name, table in tables.items():
+        old, new = weights[name][:-3].T.reshape(2, 15, 15), table[:-3].T.reshape(2, 23, 23)
+        # The patch itself, its neighbours and the extra tokens are where they were.
+        assert torch.allclose(new[:, 10:13, 10:13], old[:, 6:9, 6:9], atol=1e-3)
+        assert torch.equal(table[-3:], weights[name][-3:])
+        assert not torch.allclose(new, new.transpose(1, 2), atol=0.1)
+
+
 @pytest.mark.parametrize('cfg, added', [
     (dict(type='mmpretrain.ConvNeXt', arch='atto', out_indices=(0, 1, 2, 3),
           gap_before_final_norm=False),

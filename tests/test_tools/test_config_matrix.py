@@ -127,14 +127,14 @@ def test_prompts_at_a_tenth_of_the_rate_fail(monkeypatch):
     monkeypatch.setattr(matrix, 'protune', protune)
     result = check(SMALL)
     assert result['verdict'] == 'fail'
-    assert result['reason'].startswith('the rate of 24 of 24 prompt parameters is not the base')
+    assert result['reason'].startswith('the rate of 24 of 24 prompt parameters is not the head')
     assert 'trains at 0.001' in result['reason']
 
 
 def test_prompts_outside_the_optimizer_fail():
     prompts = dict(inside=torch.nn.Parameter(torch.zeros(1)), out=torch.nn.Parameter(torch.ones(1)))
     fault, = matrix.wrong_rates(torch.optim.SGD([prompts['inside']], lr=0.1), prompts)
-    assert fault == ('the rate of 1 of 2 prompt parameters is not the base rate 0.1: '
+    assert fault == ("the rate of 1 of 2 prompt parameters is not the head's rate 0.1: "
                      'out is not in the optimizer')
     del prompts['out']
     assert matrix.wrong_rates(torch.optim.SGD(prompts.values(), lr=0.1), prompts) == []
@@ -146,6 +146,19 @@ def test_biases_may_have_the_rate_that_a_config_gives_all_of_them():
     assert matrix.wrong_rates(optimizer, {'reduce.bias': bias, 'reduce.weight': weight}, 2.) == []
     fault, = matrix.wrong_rates(optimizer, {'reduce.weight': bias, 'reduce.bias': weight}, 2.)
     assert fault.endswith('reduce.weight trains at 0.2')
+
+
+def test_the_rate_of_the_head_is_the_one():
+    model = torch.nn.ModuleDict(dict(decode_head=torch.nn.Linear(3, 3), neck=torch.nn.Linear(9, 9)))
+    groups = [dict(params=[model.decode_head.weight], lr=1.), dict(params=[model.decode_head.bias]),
+              dict(params=model.neck.parameters())]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    assert matrix.head_rate(optimizer, model) == 1.
+    prompts = {'reduce.weight': model.neck.weight}
+    fault, = matrix.wrong_rates(optimizer, prompts, 1., 1.)
+    assert fault.endswith("is not the head's rate 1: reduce.weight trains at 0.1")
+    del model['decode_head']
+    assert matrix.head_rate(optimizer, model) is None
 
 
 def test_prompts_without_gradients_fail(monkeypatch):

@@ -112,6 +112,15 @@ def test_no_pretrained_file(project, tmp_path, capsys):
     assert 'Traceback' not in message
 
 
+@pytest.mark.parametrize('flag', [[], ['--protune']])
+def test_missing_pretrained_file(project, tmp_path, capsys, flag):
+    status, message = run(capsys, project.stock, *flag, '--work-dir', tmp_path, '--cfg-options',
+                          'model.backbone.pretrained=none.pth')
+    assert status == 1
+    assert "error: model.backbone.pretrained: no file 'none.pth'" in message
+    assert 'Traceback' not in message
+
+
 def test_registry_errors_are_the_hosts(project, tmp_path):
     with pytest.raises(KeyError, match='NoSuchNet is not in the mmdet::model registry'):
         train.main([

@@ -3,8 +3,8 @@
 A config's stock model is built first, initialised, and computes its losses on noise images, under
 limits of memory and time. Where that works, ``mmprotune.protune(cfg)`` is tried under the same
 limits: the model builds; ``init_weights()`` and a training step move nothing frozen (SHA-256 of
-every tensor); every prompt parameter has the optimizer's base rate and gets a gradient once the
-prompts are awake. Where that fails, the stock model has to take a training step as well, or else
+every tensor); every prompt parameter has the head's rate and gets a gradient once the prompts are
+awake. Where that fails, the stock model has to take a training step as well, or else
 the failure is not counted. The files that configs name are not downloaded: the stock backbone's own
 random weights, a little moved and with norms that fit them, are written to a file that takes their
 place.
@@ -16,6 +16,7 @@ goes on where it was.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
 import fnmatch
@@ -499,7 +500,8 @@ def check_prompted(run: Run, folder: Path, stock: dict) -> dict:
         raise AssertionError('no prompt trains')
     if not named:
         paramwise = cfg.optim_wrapper.get('paramwise_cfg') or {}
-        faults += wrong_rates(wrapper.optimizer, prompts, paramwise.get('bias_lr_mult') or 1.)
+        faults += wrong_rates(wrapper.optimizer, prompts, paramwise.get('bias_lr_mult') or 1.,
+                              head_rate(wrapper.optimizer, model))
     # Prompts start at zero, and so do some heads, which lets no gradient through.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -536,19 +538,30 @@ def _prompt_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             for name, parameter in part.prompts.named_parameters() if parameter.requires_grad}
 
 
+def head_rate(optimizer: torch.optim.Optimizer, model: nn.Module) -> float | None:
+    """The learning rate of most weights in what is called a head; None without one."""
+    rates = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
+    counts: collections.Counter = collections.Counter()
+    for name, parameter in model.named_parameters():
+        if 'head' in name and 'backbone' not in name and id(parameter) in rates:
+            counts[rates[id(parameter)]] += parameter.numel()
+    return counts.most_common(1)[0][0] if counts else None
+
+
 def wrong_rates(optimizer: torch.optim.Optimizer, prompts: dict[str, nn.Parameter],
-                bias_lr_mult: float = 1.) -> list[str]:
-    """Says which prompts do not train at the optimizer's base rate.
+                bias_lr_mult: float = 1., rate_of_heads: float | None = None) -> list[str]:
+    """Says which prompts do not train at the head's rate.
 
     Args:
         optimizer (torch.optim.Optimizer): The optimizer.
         prompts (dict[str, nn.Parameter]): The prompts' parameters by name.
         bias_lr_mult (float): What a config gives all biases, the head's too. Defaults to 1.
+        rate_of_heads (float, optional): Of :func:`head_rate`. Defaults to None: the base rate.
 
     Returns:
         list[str]: At most one sentence.
     """
-    base = optimizer.defaults['lr']
+    base = optimizer.defaults['lr'] if rate_of_heads is None else rate_of_heads
     rates = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
     allowed = {n: {base, base * bias_lr_mult} if n.endswith('bias') else {base} for n in prompts}
     wrong = {n: rates.get(id(p)) for n, p in prompts.items() if rates.get(id(p)) not in allowed[n]}
@@ -556,8 +569,8 @@ def wrong_rates(optimizer: torch.optim.Optimizer, prompts: dict[str, nn.Paramete
         return []
     name, rate = next(iter(wrong.items()))
     told = 'is not in the optimizer' if rate is None else f'trains at {rate:g}'
-    return [f'the rate of {len(wrong)} of {len(prompts)} prompt parameters is not the base rate '
-            f'{base:g}: {name} {told}']
+    return [f"the rate of {len(wrong)} of {len(prompts)} prompt parameters is not the head's "
+            f'rate {base:g}: {name} {told}']
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -810,8 +823,8 @@ def markdown(results: Sequence[dict], settings: dict, command: str) -> str:
         'and the stock one cannot take a training step either. Checked of the others: the '
         "prompted model builds, and takes a step on noise images with the config's optimizer; "
         "neither the model's own `init_weights()` nor the step moves a frozen tensor (SHA-256); "
-        "every prompt parameter trains at the optimizer's base rate and gets a gradient, in a "
-        'step on larger images where small ones leave some without. Images are small, batches of '
+        "every prompt parameter trains at the head's rate and gets a gradient, in a step on larger "
+        'images where small ones leave some without. Images are small, batches of '
         f'two, and heads sample {SAMPLED["num"]} regions or {SAMPLED["num_points"]} points at '
         'most.', '',
         'The pre-trained files that configs name were not downloaded; random weights, with '

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmprotune.checkpoints.slim import prompt_parameters, prompted_parts
-from mmprotune.config_nodes import dicts_in
+from mmprotune.config_nodes import dicts_in, type_name
 from mmprotune.engine.processes import unwrapped
 from mmprotune.registry import HOOKS
 
@@ -60,8 +60,9 @@ class PromptStatsHook(Hook):
             runner.logger.warning(
                 'prompts train at another learning rate than the rest of the model. If a '
                 'multiplier for the backbone in optim_wrapper.paramwise_cfg.custom_keys does it, '
-                "add the key 'backbone.prompts' (mmprotune.engine.config.set_prompt_rates "
-                'does) with the lr_mult that is meant')
+                "set optim_wrapper.constructor='mmprotune.PromptOptimWrapperConstructor' "
+                '(mmprotune.engine.config.set_prompt_rates does), or add the key '
+                "'backbone.prompts' with the lr_mult that is meant")
         # Gradients are gone after the step, and not yet averaged or unscaled before it.
         self._handles = [o.register_step_pre_hook(self._note_gradients) for o in optimizers]
 
@@ -151,6 +152,7 @@ class Rates:
 
 
 def _has_own_key(optim_wrapper: object) -> bool:
-    """Whether a config of optimizers has a custom key that names prompts."""
-    return any('prompts' in key for node in dicts_in(optim_wrapper)
-               for key in node.get('custom_keys') or ())
+    """Whether a config of optimizers says at which rate prompts train."""
+    return any(type_name(node.get('constructor')) == 'PromptOptimWrapperConstructor' or
+               any('prompts' in key for key in node.get('custom_keys') or ())
+               for node in dicts_in(optim_wrapper))
