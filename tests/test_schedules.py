@@ -1,6 +1,7 @@
-"""The rate and the decay of every parameter of prompts, through the schedule of each shipped config.
+"""The rate and the decay of every parameter of prompts, through the schedule of each config.
 
-A stand-in takes the model's place: prompts on a small backbone, and one layer for each neck and head.
+A stand-in takes the model's place: prompts on a small backbone, and one layer for each neck and
+head.
 """
 from __future__ import annotations
 
@@ -39,9 +40,11 @@ RECIPES = {
     '*_camvid': (5e-4, 1e-3, 0., ''),
     'linear_any_*': (1e-2, 1e-2, 0., FLAT),
     'linear_any_full_*': (1e-3, 1e-2, 0., FLAT),
+    'linear_*_cifar10': (1e-3, 1e-2, 0., FLAT),
 }
 # Images that all processes together take in one step, where it is not 16.
-BATCHES = {'rtmdet_*': 256, '*_pennfudan': 4, '*_camvid': 4, '*_shapes': 8, 'linear_any_*': 64}
+BATCHES = {'rtmdet_*': 256, '*_pennfudan': 4, '*_camvid': 4, '*_shapes': 8, 'linear_any_*': 64,
+           'linear_*_cifar10': 32}
 EPOCH = 50  # iterations
 all_configs = pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 
@@ -149,8 +152,6 @@ def test_rates_and_decay(path):
 @all_configs
 def test_the_batch_that_a_rate_is_for(path):
     cfg = parsed(path)
-    if path.stem == 'fpn_r18_full_camvid':
-        pytest.skip('a base of comparisons, which choose the rate')
     batch = recipe(path.stem, BATCHES) or 16
     assert cfg.auto_scale_lr.base_batch_size == batch
     assert not cfg.auto_scale_lr.get('enable', False)
