@@ -45,7 +45,7 @@ RECIPES = {
 # Images that all processes together take in one step, where it is not 16.
 BATCHES = {'rtmdet_*': 256, '*_pennfudan': 4, '*_camvid': 4, '*_shapes': 8, 'linear_any_*': 64,
            'linear_*_cifar10': 32}
-EPOCH = 50  # iterations
+EPOCH, SHORT = 50, 157  # iterations of an epoch; where there are few of them
 all_configs = pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 
 
@@ -97,18 +97,19 @@ def walk(cfg, groups: list[dict]) -> list[list[float]]:
     for scheduler in schedulers:
         if not scheduler.get('by_epoch', True):
             scheduler.begin, scheduler.end = scheduler.begin // fast, scheduler.end // fast
+    epochs = cfg.train_cfg.get('max_epochs')
+    length = SHORT if epochs and epochs < 5 else EPOCH
     optimizer = torch.optim.SGD(groups)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        built = [PARAM_SCHEDULERS.build(dict(s, optimizer=optimizer, epoch_length=EPOCH))
+        built = [PARAM_SCHEDULERS.build(dict(s, optimizer=optimizer, epoch_length=length))
                  for s in schedulers]
-    epochs = cfg.train_cfg.get('max_epochs')
-    steps = epochs * EPOCH if epochs else cfg.train_cfg.max_iters // fast
+    steps = epochs * length if epochs else cfg.train_cfg.max_iters // fast
     rates = []
     for step in range(1, steps + 1):
         rates.append([group['lr'] for group in optimizer.param_groups])
         optimizer.step()
         for scheduler in built:
-            if not scheduler.by_epoch or step % EPOCH == 0:
+            if not scheduler.by_epoch or step % length == 0:
                 scheduler.step()
     return [list(one) for one in zip(*rates)]
 
