@@ -8,7 +8,6 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 
 import torch
 from mmengine.config import ConfigDict
@@ -25,20 +24,20 @@ from mmprotune.freezing import (
     keep_frozen_in_eval,
 )
 from mmprotune.freezing.fingerprint import identity
-from mmprotune.lean.convert import STORAGE_DTYPES, make_lean, restore, store_weights
+from mmprotune.lean.convert import make_lean, restore, store_weights
 from mmprotune.lean.dry_run import tensors_in
 from mmprotune.lean.graph import is_recorded, run_folded
 from mmprotune.lean.options import LeanOptions, LeanReport
-from mmprotune.lean.prompts import add_prompt, prompt_of
 from mmprotune.registry import MODELS
 
 from . import calls
 from .arguments import default_to_none
-from .identity import PACKED_BYTES, ROUNDING, difference, function_of, pinned
-from .insertion import INSERT, Stage, Tap, find_places
-from .layout import as_map
+from .identity import PACKED_BYTES, ROUNDING, difference, function_of
+from .insertion import Stage
 from .modes import drop_paths, modules_with_mode
+from .options import check_arguments
 from .pretrained import PretrainedFileError, build_backbone, freeze_built, given_backbone
+from .prompting import add_prompts, apply_prompt
 from .trace import StageError, Trace
 
 
@@ -137,8 +136,8 @@ class PromptedBackbone(BaseModule):
                  stem: bool = False,
                  drop_path: bool = False) -> None:
         super().__init__()
-        _check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean,
-                         insert, drop_path)
+        check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean,
+                        insert, drop_path)
         self.freeze = freeze
         self.trainable = tuple(trainable)
         self.last_stage = last_stage
@@ -161,7 +160,7 @@ class PromptedBackbone(BaseModule):
         self._handles: list[RemovableHandle] = [] if handle is None else [handle]
         trace = None
         if prompt is not None:
-            trace = self._add_prompts(dict(prompt), stages, stem)
+            trace = add_prompts(self, prompt, stages, stem)
         self.register_buffer('frozen_function', torch.zeros(PACKED_BYTES, dtype=torch.uint8))
         self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
         self.frozen_function.copy_(function_of(self, trace=trace))
@@ -181,45 +180,6 @@ class PromptedBackbone(BaseModule):
         self.train()
 
     # --- construction -------------------------------------------------------------------------
-
-    def _add_prompts(self, prompt: dict, stages: str | Sequence[str], stem: bool) -> Trace:
-        """Builds a block for every place, and hooks it behind the module whose output is the
-        feature there; returns the dry run that found the places."""
-        with pinned(self):  # so that what it computes counts for frozen_function too
-            found, remarks, trace = find_places(self.backbone, stages, self.insert, stem)
-        for remark in remarks:
-            print_log(remark, logger='current', level=logging.WARNING)
-        last = found[-1].path
-        if self.last_stage == 'serial' and remarks.is_last_unread:
-            raise ValueError("last_stage='serial' passes on the last prompt alone, but no output "
-                             f'of {type(self.backbone).__name__} depends on it ({remarks[-1]}); '
-                             'let the backbone return feature maps (backbone.out_type, say), or '
-                             "use last_stage='residual'")
-        if self.last_stage == 'none' and not remarks.is_last_unread:
-            found = [stage for stage in found if stage.path != last]
-        modules = dict(self.backbone.named_modules())
-        for stage in found:
-            cfg = dict(prompt, channels=stage.channels)
-            serial = self.last_stage == 'serial' and stage.path == last
-            if serial:
-                if cfg.get('zero_init') or cfg.get('scale') == 0:
-                    raise ValueError("last_stage='serial' passes on the last prompt alone: "
-                                     'prompt.zero_init=True or prompt.scale=0 would kill the '
-                                     'features; leave both unset')
-                cfg['zero_init'] = False
-            block = MODELS.build(cfg)
-            if serial and not getattr(block, 'stands_alone', True):
-                raise ValueError("last_stage='serial' passes on the last prompt alone, but that of "
-                                 f'{type(block).__name__} is only a change of the feature; use '
-                                 "last_stage='residual' or another prompt.type")
-            self.prompts[stage.name] = block
-            self.stages.append(stage)
-            self._handles.append(
-                modules[stage.path].register_forward_hook(Tap(self, stage), with_kwargs=True))
-        if not self.stages:
-            raise ValueError(f'no prompt is left: {last} is the only stage and '
-                             f'last_stage={self.last_stage!r}; prompt=None is the way to have none')
-        return trace
 
     def _make_lean(self, options: LeanOptions, backbone_dtype: str | None,
                    trace: Trace | None) -> None:
@@ -280,31 +240,7 @@ class PromptedBackbone(BaseModule):
         Returns:
             Tensor: The prompted feature, in the same layout.
         """
-        if calls.is_plain(self):
-            return x
-        call = calls.current(self)
-        channels = x.size(1 if stage.layout.kind == 'NCHW' else -1)
-        if channels != stage.channels:
-            raise ValueError(
-                f'{type(self.backbone).__name__}.{stage.path}: its feature had {stage.channels} '
-                f'channels when the stages were found and has {channels} in this call, which makes '
-                'another way through the backbone (given a mask, say); name modules that return '
-                'the same in both with model.backbone.stages=[…]')
-        to_map, from_map = as_map(stage.layout, x, (*args, *(kwargs or {}).values()),
-                                  partial(calls.grid_of, self, stage, x))
-        block, note = self.prompts[stage.name], None
-        if call is not None and call.note is not None:
-            note = partial(call.note, stage.name)
-        serial = self.last_stage == 'serial' and stage.path == self.stages[-1].path
-        if not serial:
-            return add_prompt(block, x, to_map, from_map, note)
-        feature = to_map(x)
-        prompt = prompt_of(block, feature)
-        if note is not None:
-            note(prompt, feature)
-        prompt = from_map(prompt)
-        extra = stage.layout.extra_tokens  # which have no prompt to be replaced by
-        return torch.cat((x[:, :extra], prompt[:, extra:]), dim=1) if extra else prompt
+        return apply_prompt(self, stage, x, args, kwargs)
 
     def record_norms(self) -> contextlib.AbstractContextManager[dict[str, tuple[Tensor, Tensor]]]:
         """While open, forwards of this thread note (||P(x)||, ||x||) by stage name in the dict that
@@ -471,29 +407,3 @@ def _after_load(module: PromptedBackbone, incompatible) -> None:
     if expected is not None:
         module._missing = None
         expected.verify(module)
-
-
-def _check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean,
-                     insert, drop_path) -> None:
-    for key, value, choices in (('freeze', freeze, ('pretrained', 'all')),
-                                ('last_stage', last_stage, ('residual', 'serial', 'none')),
-                                ('insert', insert, tuple(INSERT)),
-                                ('backbone_dtype', backbone_dtype, (None, *STORAGE_DTYPES))):
-        if value not in choices:
-            raise ValueError(f'{key} must be one of {choices}, got {value!r}')
-    if insert != 'stages' and last_stage != 'residual':
-        raise ValueError(f'last_stage={last_stage!r} is for prompts at stage ends, got '
-                         f'insert={insert!r}')
-    if LeanOptions.parse(lean) is None and backbone_dtype is not None:
-        raise ValueError(f'backbone_dtype={backbone_dtype!r} needs lean layers, but lean=False')
-    if not isinstance(drop_path, bool):
-        raise TypeError(f"drop_path must be True or False (the rate is the backbone's own key "
-                        f'drop_path_rate), got {drop_path!r}')
-    if isinstance(trainable, str) or not all(isinstance(t, str) for t in trainable):
-        raise TypeError(f'trainable must be a list of regular expressions, got {trainable!r}')
-    if prompt is not None and (not isinstance(prompt, dict) or 'type' not in prompt):
-        raise TypeError(f'prompt must be None or a dict with the key "type", got {prompt!r}')
-    if not isinstance(backbone, nn.Module) and (
-            not isinstance(backbone, dict) or 'type' not in backbone):
-        raise TypeError('backbone must be a dict with the key "type", or an nn.Module, '
-                        f'got {backbone!r}')

@@ -380,7 +380,7 @@ def test_hosts_find_the_backbones_own_attributes(prompted_cfg):
 
 def test_what_the_file_left_is_logged(prompted_cfg, caplog, monkeypatch):
     lines = []
-    monkeypatch.setattr('mmprotune.models.prompted_backbone.print_log',
+    monkeypatch.setattr('mmprotune.models.prompting.print_log',
                         lambda text, logger=None, level=logging.INFO: lines.append((level, text)))
     prompted_cfg.update(lean=False)
     prompted_cfg['backbone']['out_indices'] = (0, 1)
