@@ -121,7 +121,7 @@ def test_a_whole_comparison_that_was_cut_off_in_the_middle(config, tmp_path, mon
         scores = [e['metrics']['accuracy/top1'] for e in final]
         assert row['mean'] == pytest.approx(statistics.mean(scores))
         assert row['sd'] == pytest.approx(statistics.stdev(scores))
-        assert row['mean'] > 50
+        assert row['mean'] >= 40  # of four classes
         sweep = {float(lr): score for lr, score in row['sweep'].items()}
         assert sweep[row['lr']] == max(sweep.values())
         assert f'| {name} | {row["mean"]:.4g} ± {row["sd"]:.2g} | 2 |' in (
