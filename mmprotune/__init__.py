@@ -17,6 +17,7 @@ from .engine.hooks import (  # noqa: E402
     PromptCheckpointHook,
     PromptStatsHook,
 )
+from .engine.trunk import FrozenTrunk  # noqa: E402
 from .errors import (  # noqa: E402
     FrozenTensorsChanged,
     MMProtuneError,
@@ -38,8 +39,8 @@ checkpoint.register()
 
 __all__ = [
     'AdaptFormerPrompt', 'AffinePrompt', 'ConvAdapterPrompt', 'FreezeGuardHook', 'FrozenSnapshot',
-    'FrozenTensorsChanged', 'LinearAdapterPrompt', 'MMProtuneError', 'MonaPrompt', 'NonFiniteError',
-    'NonFiniteGuardHook', 'PromptBlock', 'PromptCheckpointHook', 'PromptStatsHook',
-    'PromptedBackbone', 'RanksDisagree', '__version__', 'audit', 'checkpoint', 'prompt_parameters',
-    'protune'
+    'FrozenTensorsChanged', 'FrozenTrunk', 'LinearAdapterPrompt', 'MMProtuneError', 'MonaPrompt',
+    'NonFiniteError', 'NonFiniteGuardHook', 'PromptBlock', 'PromptCheckpointHook',
+    'PromptStatsHook', 'PromptedBackbone', 'RanksDisagree', '__version__', 'audit', 'checkpoint',
+    'prompt_parameters', 'protune'
 ]
