@@ -76,7 +76,8 @@ class FrozenTrunk:
             raise TrunkError(f'device: {device!r} cannot be used: {first}') from error
         self._tasks: dict[str, _Task] = {}  # replaced, never changed: calls keep the one they saw
         self._paths: dict[tuple[_Task, _Task], frozenset[str]] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # of the two above, and quickly given back
+        self._adding = threading.Lock()  # building a model takes seconds
 
     # --- tasks --------------------------------------------------------------------------------
 
@@ -116,7 +117,7 @@ class FrozenTrunk:
         """
         if not isinstance(name, str) or not name:
             raise TrunkError(f'name must be a word, got {name!r}')
-        with self._lock:
+        with self._adding:
             if name in self._tasks:
                 raise TrunkError(f'there is a task {name!r} already; remove it first, or take '
                                  'another name')
@@ -128,8 +129,8 @@ class FrozenTrunk:
                 task = self._build(name, path, loaded, cfg)
             except TrunkError as error:
                 raise TrunkError(f'{path}: {error}') from error
-            self._tasks = {**self._tasks, name: task}
-        del loaded
+            with self._lock:
+                self._tasks = {**self._tasks, name: task}
 
     def remove(self, name: str) -> None:
         """Removes a task and gives its memory back; the last one of a trunk takes it along. Calls

@@ -58,7 +58,7 @@ def task_cfg(kind: str, prompted: dict, mean=MEAN, scale=SCALE) -> Config:
     else:
         model = classifier_cfg(prompted)
         model['data_preprocessor']['mean'] = mean
-        steps = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=scale),
+        steps = [dict(type='LoadImageFromFile'), resize,
                  dict(type='PackInputs')]
         cfg = Config(dict(model=model, test_dataloader=dict(
             dataset=dict(type='CustomDataset', pipeline=steps))))
