@@ -23,6 +23,7 @@ from mmprotune.config_nodes import parse_config
 from mmprotune.engine import cli
 from mmprotune.engine.inference import HOSTS, Inference, check_image
 from mmprotune.errors import TaskFailed, TrunkError, listed
+from mmprotune.freezing.freeze import DoesNotFit
 from mmprotune.lean.dry_run import image_shapes, noise
 from mmprotune.models.sharing import Session, equal, install, shared_paths
 from mmprotune.models.trunk import Trunk
@@ -167,12 +168,13 @@ class FrozenTrunk:
             # Weights that are stored in another precision are converted after they are loaded.
             if trunk is not None and 'backbone_dtype' not in str(cfg.model):
                 slim = dict(state_dict=trunk.without_frozen(state_dict, roots[0]))
-                with contextlib.suppress(ValueError), trunk.filling():
+                # A class that names its tensors otherwise reads the file, as the first one does.
+                with contextlib.suppress(DoesNotFit), trunk.filling():
                     model = build_model(cfg)
-                    fill(model, {**loaded, **slim}, path)
+                    loaded = {**loaded, **slim}
             if model is None:
                 model = build_model(cfg)
-                fill(model, loaded, path)
+            fill(model, loaded, path)
             inference = Inference(model, cfg)
         parts = [part for _, part in prompted_parts(model)]
         if len(parts) != 1:

@@ -154,6 +154,10 @@ def frozen_tensors(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]
     return found
 
 
+class DoesNotFit(ValueError):
+    """A module has no place for a tensor."""
+
+
 def adopt(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Puts other tensors in the place of a module's own, whose memory is given back.
 
@@ -165,7 +169,7 @@ def adopt(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         tensors (Mapping[str, Tensor]): By dotted name of a parameter or persistent buffer.
 
     Raises:
-        ValueError: The module has no such tensor, or one of another shape.
+        DoesNotFit: The module has no such tensor, or one of another shape.
     """
     places = {f'{path}.{name}' if path else name: (owner, name, tensor)
               for path, owner in module.named_modules(remove_duplicate=False)
@@ -173,7 +177,7 @@ def adopt(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if name not in places or places[name][2].shape != tensor.shape:
             there = tuple(places[name][2].shape) if name in places else 'nothing of that name'
-            raise ValueError(f'{type(module).__name__} has {there} for {name}, expected '
+            raise DoesNotFit(f'{type(module).__name__} has {there} for {name}, expected '
                              f'{tuple(tensor.shape)}')
     made: dict[int, Tensor] = {}  # what modules share stays shared
     for name, tensor in tensors.items():

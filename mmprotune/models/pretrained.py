@@ -51,7 +51,7 @@ def filled_by(tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
     Args:
         tensors (Mapping[str, Tensor]): By dotted name in the backbone, on the CPU. A backbone that
-            has no place for one raises ValueError.
+            has no place for one raises ``DoesNotFit``.
     """
     _thread.tensors = tensors
     try:
