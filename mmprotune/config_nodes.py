@@ -216,9 +216,11 @@ def parse_config(text: str) -> Config:
         if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
             kind = dict(List=list, Tuple=tuple, Set=set)[type(node).__name__]
             return kind(value(item) for item in node.elts)
-        if isinstance(node, ast.Call) and getattr(node.func, 'id', None) == 'dict' and \
-                not node.args and all(word.arg for word in node.keywords):
-            return {word.arg: value(word.value) for word in node.keywords}
+        if isinstance(node, ast.Call) and getattr(node.func, 'id', None) == 'dict' and all(
+                word.arg for word in node.keywords) and (not node.args or (
+                    len(node.args) == 1 and isinstance(node.args[0], ast.Dict))):
+            found = value(node.args[0]) if node.args else {}
+            return {**found, **{word.arg: value(word.value) for word in node.keywords}}
         if isinstance(node, ast.Name) and node.id in ('inf', 'nan'):
             return float(node.id)
         try:
