@@ -158,15 +158,16 @@ def resident(device: str) -> int:
 
 @contextlib.contextmanager
 def timed_backbones(models: Sequence[nn.Module]) -> Iterator[list[float]]:
-    """Seconds in each call of the models' backbones."""
+    """Seconds in each call of the models' frozen backbones. Prompts on outputs, which are each
+    task's own, come behind."""
     seconds, started = [], []
     handles = []
     for model in models:
         handles += [
-            model.backbone.register_forward_pre_hook(
+            model.backbone.backbone.register_forward_pre_hook(
                 lambda *_: started.append(clock())),
-            model.backbone.register_forward_hook(
-                lambda *_: seconds.append(clock() - started.pop()))]
+            model.backbone.backbone.register_forward_hook(
+                lambda *_: seconds.append(clock() - started.pop()), prepend=True)]
     try:
         yield seconds
     finally:
@@ -215,6 +216,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
             image_s=statistics.median(images), backbone_s=statistics.median(backbones),
             first_add_s=adding[0],
             later_add_s=statistics.median(adding[1:]) if i else None))
+    del models, entries
     held = resident(args.device)
     trunks[-1].remove(trunks[-1].tasks[-1])
     found[-1]['given_back'] = held - resident(args.device)
