@@ -18,6 +18,7 @@ from .engine.hooks import (  # noqa: E402
     PromptMapHook,
     PromptStatsHook,
 )
+from .engine.trunk import FrozenTrunk  # noqa: E402
 from .errors import (  # noqa: E402
     FrozenTensorsChanged,
     MMProtuneError,
@@ -39,8 +40,8 @@ checkpoint.register()
 
 __all__ = [
     'AdaptFormerPrompt', 'AffinePrompt', 'ConvAdapterPrompt', 'FreezeGuardHook', 'FrozenSnapshot',
-    'FrozenTensorsChanged', 'LinearAdapterPrompt', 'MMProtuneError', 'MonaPrompt', 'NonFiniteError',
-    'NonFiniteGuardHook', 'PromptBlock', 'PromptCheckpointHook', 'PromptMapHook',
+    'FrozenTensorsChanged', 'FrozenTrunk', 'LinearAdapterPrompt', 'MMProtuneError', 'MonaPrompt',
+    'NonFiniteError', 'NonFiniteGuardHook', 'PromptBlock', 'PromptCheckpointHook', 'PromptMapHook',
     'PromptStatsHook', 'PromptedBackbone', 'RanksDisagree', '__version__', 'audit', 'checkpoint',
     'prompt_parameters', 'protune'
 ]

@@ -4,6 +4,7 @@ Nothing is built here but data sets, which say what their classes are.
 """
 from __future__ import annotations
 
+import ast
 import copy
 import re
 from collections.abc import Iterator
@@ -197,6 +198,48 @@ def without_pretrained(cfg: Config) -> Config:
         elif file_of(init_cfg) is not None:
             del node['init_cfg']
     return cfg
+
+
+def parse_config(text: str) -> Config:
+    """Reads what MMEngine wrote of a config, without running it.
+
+    Args:
+        text (str): ``Config.pretty_text``: assignments of plain values, and of ``dict(…)`` of them.
+
+    Raises:
+        ValueError: It holds anything else; says what and where.
+    """
+
+    def value(node: ast.AST) -> Any:
+        if isinstance(node, ast.Dict) and None not in node.keys:
+            return {value(key): value(item) for key, item in zip(node.keys, node.values)}
+        if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+            kind = dict(List=list, Tuple=tuple, Set=set)[type(node).__name__]
+            return kind(value(item) for item in node.elts)
+        if isinstance(node, ast.Call) and getattr(node.func, 'id', None) == 'dict' and all(
+                word.arg for word in node.keywords) and (not node.args or (
+                    len(node.args) == 1 and isinstance(node.args[0], ast.Dict))):
+            found = value(node.args[0]) if node.args else {}
+            return {**found, **{word.arg: value(word.value) for word in node.keywords}}
+        if isinstance(node, ast.Name) and node.id in ('inf', 'nan'):
+            return float(node.id)
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            raise ValueError(f'line {node.lineno}: expected plain values, got '
+                             f'{ast.unparse(node)[:60]!r}') from None
+
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f'no Python: {error}') from None
+    found = {}
+    for step in tree.body:
+        if not isinstance(step, ast.Assign) or not isinstance(step.targets[0], ast.Name):
+            raise ValueError(f'line {step.lineno}: expected an assignment, got '
+                             f'{ast.unparse(step)[:60]!r}')
+        found[step.targets[0].id] = value(step.value)
+    return Config(found)
 
 
 # --- data sets -------------------------------------------------------------------------------

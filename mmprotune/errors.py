@@ -66,6 +66,25 @@ class NonFiniteCheckpoint(CheckpointError):
     """Weights are NaN or infinite."""
 
 
+# --- trunks -----------------------------------------------------------------------------------
+
+
+class TrunkError(MMProtuneError, ValueError):
+    """A trunk is asked for something that it cannot do; it stays as it was."""
+
+
+class TaskFailed(MMProtuneError, RuntimeError):
+    """Some tasks of a trunk failed on some images.
+
+    Attributes:
+        results: What the call would have returned, without the results that there are none of.
+    """
+
+    def __init__(self, message: str, results=None) -> None:
+        super().__init__(message)
+        self.results = results
+
+
 # --- training and evaluation ------------------------------------------------------------------
 
 

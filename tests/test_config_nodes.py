@@ -1,10 +1,11 @@
 """Looking through configs."""
 from __future__ import annotations
 
+import pytest
 from mmengine.config import Config
 from mmengine.model import PretrainedInit
 
-from mmprotune.config_nodes import without_pretrained
+from mmprotune.config_nodes import parse_config, without_pretrained
 from mmprotune.models import PromptedBackbone
 
 
@@ -58,3 +59,20 @@ def test_classes_come_from_wherever_a_data_set_has_them(tmp_path):
     assert names(type='NoSuchDataset', metainfo=dict(classes=['a', 'b'])) == [['a', 'b']]
     assert names(type='NoSuchDataset') == []
     assert class_names(Config(dict(test_dataloader=None))) == {}
+
+
+def test_parse_config():
+    """What MMEngine writes comes back; nothing is run."""
+    cfg = Config(dict(
+        a=dict(type='A', scale=(1, -2.5), inner=[dict(b=None, c=True), {'d.e': 1, 2: 'x'}], f=()),
+        words=["it's", 'two\nlines', '\\'], big=1e-05, all={'dict': {1}},
+        default_scope='mmdet', end=float('inf')))
+    found = parse_config(cfg.pretty_text)
+    assert found.to_dict() == cfg.to_dict()
+    assert type(found.a.scale) is tuple
+    for text, message in (('import os', 'line 1: expected an assignment'),
+                          ('a = 1\nb = open("c")', 'line 2: expected plain values, got .open'),
+                          ('a = dict(**b)', 'expected plain'), ('a = dict([(1, 2)])', 'plain'),
+                          ('a = b', "got 'b'"), ('a.b = 1', 'assignment'), ('a = [', 'no Python')):
+        with pytest.raises(ValueError, match=message):
+            parse_config(text)

@@ -92,6 +92,18 @@ def load(model: nn.Module, path: str | os.PathLike) -> dict:
     """
     path = os.fspath(path)
     checkpoint = read(path)
+    fill(model, checkpoint, path)
+    return checkpoint
+
+
+def fill(model: nn.Module, checkpoint: dict, path: str) -> None:
+    """As :func:`load`, with a checkpoint that was read already.
+
+    Args:
+        model (nn.Module): Built from the checkpoint's config.
+        checkpoint (dict): The checkpoint.
+        path (str): Where it came from, for errors.
+    """
     state_dict = state_dict_of(checkpoint, path)
     try:
         _check_whole(model, state_dict)
@@ -102,4 +114,3 @@ def load(model: nn.Module, path: str | os.PathLike) -> dict:
     if missing or incompatible.unexpected_keys:
         raise IncompleteCheckpoint(f'{path}: missing: {listed(sorted(missing))}; not expected: '
                                    f'{listed(sorted(incompatible.unexpected_keys))}')
-    return checkpoint

@@ -5,7 +5,7 @@ Nothing here knows the hosts: any ``nn.Module`` can be frozen.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -152,3 +152,37 @@ def frozen_tensors(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]
     found = {n: p for n, p in module.named_parameters(remove_duplicate=False) if n in wanted}
     found.update((n, b) for n, b in module.named_buffers(remove_duplicate=False) if n in wanted)
     return found
+
+
+class DoesNotFit(ValueError):
+    """A module has no place for a tensor."""
+
+
+def adopt(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts other tensors in the place of a module's own, whose memory is given back.
+
+    They stay in their storage. The parameters around them are the module's, so that whoever sets
+    ``requires_grad`` or ``data`` of one does so for this module only.
+
+    Args:
+        module (nn.Module): The module; as it was where an error is raised.
+        tensors (Mapping[str, Tensor]): By dotted name of a parameter or persistent buffer.
+
+    Raises:
+        DoesNotFit: The module has no such tensor, or one of another shape.
+    """
+    places = {f'{path}.{name}' if path else name: (owner, name, tensor)
+              for path, owner in module.named_modules(remove_duplicate=False)
+              for name, tensor in own_tensors(owner)}
+    for name, tensor in tensors.items():
+        if name not in places or places[name][2].shape != tensor.shape:
+            there = tuple(places[name][2].shape) if name in places else 'nothing of that name'
+            raise DoesNotFit(f'{type(module).__name__} has {there} for {name}, expected '
+                             f'{tuple(tensor.shape)}')
+    made: dict[int, Tensor] = {}  # what modules share stays shared
+    for name, tensor in tensors.items():
+        owner, key, own = places[name]
+        if id(own) not in made:
+            made[id(own)] = tensor.detach() if key in owner._buffers else nn.Parameter(
+                tensor.detach(), requires_grad=False)
+        (owner._buffers if key in owner._buffers else owner._parameters)[key] = made[id(own)]

@@ -54,10 +54,14 @@ class Pair:
                        for hook in (*conv._forward_hooks.values(), *norm._forward_hooks.values()))
             or norm._forward_pre_hooks or conv._backward_hooks or norm._backward_hooks
             or conv._backward_pre_hooks or norm._backward_pre_hooks
-            or 'forward' in conv.__dict__ or 'forward' in norm.__dict__
+            or _is_replaced(conv) or _is_replaced(norm)
             or any(p is not None and p.requires_grad for p in (*conv._parameters.values(),
                                                                *norm._parameters.values()))
             or conv.weight.device != norm.running_var.device)
+
+    def mark(self, y: Tensor) -> None:
+        """Tells the norm that a tensor, the convolution's output, is normed already."""
+        y._lean_normed_by = self
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """The norm as a factor and an offset for each channel."""
@@ -69,6 +73,13 @@ class Pair:
             if norm.bias is None:
                 return scale, -norm.running_mean * scale
             return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
+
+
+def _is_replaced(layer: nn.Module) -> bool:
+    """Whether somebody put another ``forward`` on a layer; one that says ``keeps_result`` returns
+    what the layer's own would."""
+    forward = layer.__dict__.get('forward')
+    return forward is not None and not getattr(forward, 'keeps_result', False)
 
 
 def find_pairs(module: nn.Module, dry_run: DryRun) -> tuple[

@@ -138,7 +138,7 @@ class Conv(LeanLayer):
             return functional.convolution(x, self.weight, self.bias, conv, owner=self._owner())
         y = functional.convolution(
             x, self.weight, self.bias, conv, *pair.affine(), owner=self._owner())
-        y._lean_normed_by = pair
+        pair.mark(y)
         return y
 
 

@@ -3,17 +3,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger, print_log
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from mmprotune.config_nodes import FILE_KEYS, dicts_in, file_inside, file_of
 from mmprotune.errors import PretrainedFileError
-from mmprotune.freezing import FillRecorder, freeze
+from mmprotune.freezing import FillRecorder, adopt, freeze
 from mmprotune.registry import MODELS
 
 # A pre-trained file that fills less of the backbone than this is the wrong file.
@@ -38,6 +39,25 @@ class Built:
     fixed: set[str]
     source: str | None
     missing: str | None = None
+
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def filled_by(tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """While open, backbones that are built on this thread hold these frozen tensors in place of
+    what their files would fill, in the same memory. No file is looked at.
+
+    Args:
+        tensors (Mapping[str, Tensor]): By dotted name in the backbone, on the CPU. A backbone that
+            has no place for one raises ``DoesNotFit``.
+    """
+    _thread.tensors = tensors
+    try:
+        yield
+    finally:
+        del _thread.tensors
 
 
 def build_backbone(cfg: ConfigDict,
@@ -70,6 +90,11 @@ def build_backbone(cfg: ConfigDict,
         cfg['init_cfg'] = ConfigDict(init_cfg) if isinstance(init_cfg, dict) else init_cfg
         has_file = True
     source = frozen_from or (file_inside(cfg) if has_file else None)
+    tensors = getattr(_thread, 'tensors', None)
+    if tensors is not None:
+        module = _build_without_files(cfg)
+        adopt(module, tensors)
+        return Built(module, set(tensors), _fixed(module), source)
     try:
         with FillRecorder() as recorder, _quiet():
             module = _build(cfg)
@@ -78,13 +103,7 @@ def build_backbone(cfg: ConfigDict,
     except OSError as error:  # no such file, or no way to its address
         if source is None:
             raise
-        for node in dicts_in(cfg):
-            for key in FILE_KEYS:
-                node.pop(key, None)
-            if file_of(node.get('init_cfg')) is not None:
-                del node['init_cfg']
-        with _quiet():
-            module = _build(cfg)
+        module = _build_without_files(cfg)
         return Built(module, None, _fixed(module), source, f'{type(error).__name__}: {error}')
     if source is None:
         return Built(module, None, _fixed(module), None)
@@ -201,6 +220,16 @@ def _interp2d():
         yield
     finally:
         interpolate.interp2d = missing
+
+
+def _build_without_files(cfg: ConfigDict) -> nn.Module:
+    for node in dicts_in(cfg):
+        for key in FILE_KEYS:
+            node.pop(key, None)
+        if file_of(node.get('init_cfg')) is not None:
+            del node['init_cfg']
+    with _quiet():
+        return _build(cfg)
 
 
 def _leave_freezing_to_us(module: nn.Module) -> None:

@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from mmprotune.freezing import freeze, keep_frozen_in_eval
+from mmprotune.freezing import adopt, freeze, keep_frozen_in_eval
+from mmprotune.freezing.freeze import DoesNotFit
 
 
 def network():
@@ -71,3 +74,26 @@ def test_shared_modules_are_frozen_under_every_name():
     assert freeze(net) == set(net.state_dict())
     found = freeze(net, trainable=[r'a\.1\.weight'])
     assert net['b'][1].weight.requires_grad and not found & {'a.1.weight', 'b.1.weight'}
+
+
+def test_adopted_tensors_stay_in_their_memory():
+    """Shared layers stay shared; what one module does to its parameters stays its own."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 3, 1)
+    donor = nn.ModuleDict(dict(a=conv, b=conv, norm=nn.BatchNorm2d(3)))
+    taker = copy.deepcopy(donor)
+    tensors = dict(donor.state_dict(keep_vars=True))
+    adopt(taker, {name: tensor.detach() for name, tensor in tensors.items()})
+    assert taker.a is taker.b and taker.a.weight is taker.b.weight
+    assert all(tensor.data_ptr() == tensors[name].data_ptr()
+               for name, tensor in taker.state_dict().items())
+    assert not taker.a.weight.requires_grad and donor.a.weight.requires_grad
+    taker.a.weight.data = torch.zeros(3, 3, 1, 1)
+    assert donor.a.weight.any()
+    before = {name: tensor.data_ptr() for name, tensor in taker.state_dict().items()}
+    for wrong in (torch.zeros(4), torch.zeros(3, 3)):
+        with pytest.raises(DoesNotFit, match=r'has \(3,\) for norm.bias, expected'):
+            adopt(taker, {'norm.weight': torch.zeros(3), 'norm.bias': wrong})
+    with pytest.raises(DoesNotFit, match='nothing of that name for norm.gain'):
+        adopt(taker, {'norm.gain': torch.zeros(3)})
+    assert before == {name: tensor.data_ptr() for name, tensor in taker.state_dict().items()}

@@ -1,0 +1,484 @@
+"""One frozen backbone, many tasks."""
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from torch import nn
+
+from mmprotune.checkpoints.convert import build_model
+from mmprotune.checkpoints.loading import fill
+from mmprotune.checkpoints.reading import read, state_dict_of
+from mmprotune.checkpoints.slim import FINGERPRINT, hex_of, prompted_parts
+from mmprotune.config_nodes import parse_config
+from mmprotune.engine import cli
+from mmprotune.engine.inference import HOSTS, Inference, check_image
+from mmprotune.errors import TaskFailed, TrunkError, listed
+from mmprotune.freezing.freeze import DoesNotFit
+from mmprotune.lean.dry_run import image_shapes, noise
+from mmprotune.models.sharing import Session, equal, install, shared_paths
+from mmprotune.models.trunk import Trunk
+
+# Sizes (H, W) of the images that tell whether preprocessings agree: lying, standing, odd ones.
+PROBES = ((120, 160), (163, 101))
+
+
+@dataclass(eq=False)
+class _Task:
+    """One task of a trunk.
+
+    Attributes:
+        lock (threading.Lock): Held while the model runs: the hosts' models and transforms do not
+            promise to run in several threads at once.
+    """
+    name: str
+    model: nn.Module
+    part: nn.Module
+    trunk: Trunk
+    inference: Inference
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class FrozenTrunk:
+    """Several models tuned on one frozen backbone, with the backbone in memory once.
+
+    Each task is what its own checkpoint says: a detector, a segmentor, a classifier. Tasks whose
+    backbones have one fingerprint hold the same frozen tensors; a task with another backbone gets a
+    trunk of its own. Of one image, layers that would compute the same for several tasks run once
+    (:mod:`mmprotune.models.sharing`), to results that are bitwise those of each model alone.
+
+    May be used from several threads; tasks may be added and removed meanwhile. One task runs in one
+    thread at a time.
+
+    Args:
+        device (str | torch.device): Where all tasks are. Defaults to None: a GPU where there is
+            one, else the CPU.
+
+    Raises:
+        TrunkError: There is no such device.
+    """
+
+    def __init__(self, device: str | torch.device | None = None) -> None:
+        if device is None:
+            device = 'cuda' if torch.cuda.is_available() else 'cpu'
+        try:
+            self.device = torch.empty(0, device=device).device
+        except Exception as error:  # PyTorch has a kind for each build and backend
+            first = (str(error).splitlines() or [''])[0]
+            raise TrunkError(f'device: {device!r} cannot be used: {first}') from error
+        self._tasks: dict[str, _Task] = {}  # replaced, never changed: calls keep the one they saw
+        self._paths: dict[tuple[_Task, _Task], frozenset[str]] = {}
+        self._lock = threading.Lock()  # of the two above, and quickly given back
+        self._adding = threading.Lock()  # building a model takes seconds
+
+    # --- tasks --------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order in which they came."""
+        return list(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tasks
+
+    def model(self, name: str) -> nn.Module:
+        """The host's own model of a task."""
+        return self._find(self._tasks, name).model
+
+    def add(self, name: str, checkpoint: str | os.PathLike,
+            config: Config | str | os.PathLike | None = None) -> None:
+        """Adds a task, or leaves everything as it was.
+
+        Where the trunk of its fingerprint is here already, the backbone's pre-trained file is not
+        read, nor need it be there.
+
+        Args:
+            name (str): A new name.
+            checkpoint (str | os.PathLike): Local file, slim or full, of a prompted model.
+            config (Config | str | os.PathLike, optional): Its config. Defaults to None: the one in
+                the checkpoint, which is read, not run.
+
+        Raises:
+            TrunkError: The name is taken, or there is no usable config.
+            CheckpointError: The file cannot be read, or does not fit the config's model.
+            PretrainedFileError: The first task of a trunk, and its backbone cannot be had.
+            FileNotFoundError: No such file.
+        """
+        if not isinstance(name, str) or not name:
+            raise TrunkError(f'name must be a word, got {name!r}')
+        with self._adding:
+            if name in self._tasks:
+                raise TrunkError(f'there is a task {name!r} already; remove it first, or take '
+                                 'another name')
+            path = os.fspath(checkpoint)
+            loaded = read(path)
+            state_dict_of(loaded, path)
+            cfg = _config(loaded, path, config)
+            try:
+                task = self._build(name, path, loaded, cfg)
+            except TrunkError as error:
+                raise TrunkError(f'{path}: {error}') from error
+            with self._lock:
+                self._tasks = {**self._tasks, name: task}
+
+    def remove(self, name: str) -> None:
+        """Removes a task and gives its memory back; the last one of a trunk takes it along. Calls
+        that run meanwhile end as they would have.
+
+        Raises:
+            TrunkError: There is no such task.
+        """
+        with self._lock:
+            task = self._find(self._tasks, name)
+            self._tasks = {n: t for n, t in self._tasks.items() if t is not task}
+            self._paths = {pair: paths for pair, paths in self._paths.items() if task not in pair}
+            del task
+        gc.collect()  # hooks and lean layers refer to each other
+        if self.device.type == 'cuda':
+            torch.cuda.empty_cache()
+
+    def _build(self, name: str, path: str, loaded: dict, cfg: Config) -> _Task:
+        state_dict = state_dict_of(loaded, path)
+        roots = [key[:-len(FINGERPRINT)] for key in state_dict
+                 if key.rpartition('.')[2] == FINGERPRINT]
+        trunk = None
+        if len(roots) == 1:
+            trunk = self._trunks().get(hex_of(state_dict[roots[0] + FINGERPRINT]))
+        if cfg.get('default_scope') not in HOSTS:
+            raise TrunkError(f'default_scope must be one of {", ".join(HOSTS)}, got '
+                             f'{cfg.get("default_scope")!r}')
+        if not cfg.get('model'):
+            raise TrunkError('the config has no model')
+        if cfg.model.get('data_preprocessor') is None and cfg.get('data_preprocessor'):
+            cfg.model.data_preprocessor = cfg.data_preprocessor
+        model = None
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            # Weights that are stored in another precision are converted after they are loaded.
+            if trunk is not None and 'backbone_dtype' not in str(cfg.model):
+                slim = dict(state_dict=trunk.without_frozen(state_dict, roots[0]))
+                # A class that names its tensors otherwise reads the file, as the first one does.
+                with contextlib.suppress(DoesNotFit), trunk.filling():
+                    model = build_model(cfg)
+                    loaded = {**loaded, **slim}
+            if model is None:
+                model = build_model(cfg)
+            fill(model, loaded, path)
+            inference = Inference(model, cfg)
+        parts = [part for _, part in prompted_parts(model)]
+        if len(parts) != 1:
+            raise TrunkError(f'the model has {len(parts)} prompted backbones, expected one')
+        part = parts[0]
+        part.require_weights()
+        trunk = self._trunks().get(part.own_fingerprint)
+        if trunk is not None:
+            trunk.share(part)
+        model.to(self.device).eval()
+        if trunk is None:
+            trunk = Trunk(part)
+        if not trunk.is_shared_by(part):
+            raise TrunkError('its frozen tensors could not be put into the memory of the trunk')
+        meta = (loaded.get('meta') or {}).get('dataset_meta') if 'state_dict' in loaded else None
+        if isinstance(meta, dict):
+            model.dataset_meta = {str(key).lower(): value for key, value in meta.items()}
+        model.cfg = cfg
+        return _Task(name, model, part, trunk, inference)
+
+    def _trunks(self) -> dict[str, Trunk]:
+        return {task.trunk.key: task.trunk for task in self._tasks.values()}
+
+    @staticmethod
+    def _find(tasks: dict[str, _Task], name: str) -> _Task:
+        if not isinstance(name, str) or name not in tasks:
+            raise TrunkError(f'there is no task {name!r}; there are {listed(tasks)}')
+        return tasks[name]
+
+    # --- running ------------------------------------------------------------------------------
+
+    def __call__(self, images, tasks: str | Sequence[str] | Sequence[Sequence[str]] | None = None):
+        """Runs tasks on images, one image after the other.
+
+        Args:
+            images (str | Path | numpy.ndarray | list): A path, or an array of shape (H, W, 3), BGR;
+                or several of them.
+            tasks (str | list[str] | list[list[str]], optional): Names for all images, or a list of
+                names for each. Defaults to None: all.
+
+        Returns:
+            dict | list[dict]: Results by task name, for each image where there are several:
+            ``DetDataSample``, ``SegDataSample`` or mmpretrain's ``DataSample``.
+
+        Raises:
+            TrunkError: A task is unknown, or was moved to another device. Nothing was run.
+            DataError: An image is none. Nothing was run.
+            TaskFailed: A task ran out of memory, or failed otherwise. The results of the others are
+                in the error's ``results``.
+        """
+        known = self._tasks
+        several = isinstance(images, (list, tuple))
+        images = list(images) if several else [images]
+        names = _names(tasks, images if several else None, known)
+        chosen = [[self._find(known, name) for name in own] for own in names]
+        for task in {task for own in chosen for task in own}:
+            self._check_device(task)
+        images = [check_image(image) for image in images]
+        failed: dict[str, Exception] = {}
+        # Versions, by which changes in place are noticed, are not counted in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            results = [self._run(image, own, failed) for image, own in zip(images, chosen)]
+        results = results if several else results[0]
+        if failed:
+            told = '; '.join(f'task {name!r} {_told(error)}' for name, error in failed.items())
+            raise TaskFailed(f"{told}. The other tasks have run: see the error's `results`",
+                             results) from next(iter(failed.values()))
+        return results
+
+    def _run(self, image: str | np.ndarray, tasks: list[_Task],
+             failed: dict[str, Exception]) -> dict:
+        session = self._session(tasks) if len(tasks) > 1 else None
+        found = {}
+        for task in tasks:
+            shared = contextlib.nullcontext() if session is None else session.task(task.name)
+            try:
+                with task.lock, shared:
+                    found[task.name] = task.inference(image)
+            except Exception as error:  # whatever a model raises
+                traceback.clear_frames(error.__traceback__)  # they hold its tensors
+                failed.setdefault(task.name, error)
+                if self.device.type == 'cuda' and _is_out_of_memory(error):
+                    torch.cuda.empty_cache()
+        return found
+
+    def _session(self, tasks: list[_Task]) -> Session:
+        of = {task.name: task for task in tasks}
+        return Session({task.name: task.part for task in tasks},
+                       lambda first, second: self._shared(of[first], of[second]))
+
+    def _shared(self, first: _Task, second: _Task) -> frozenset[str]:
+        """What two tasks may share; looked up once."""
+        if first.trunk is not second.trunk:
+            return frozenset()
+        found = self._paths.get((first, second))
+        if found is None:
+            with self._lock:
+                found = shared_paths(first.part.backbone, second.part.backbone)
+                for task in (first, second):
+                    install(task.part.backbone, found)
+                if {first, second} <= set(self._tasks.values()):  # not removed meanwhile
+                    self._paths = {**self._paths, (first, second): found, (second, first): found}
+        return found
+
+    def _check_device(self, task: _Task) -> None:
+        devices = {str(tensor.device) for tensor in task.model.parameters()} - {str(self.device)}
+        if devices:
+            raise TrunkError(f'task {task.name!r} is on {listed(sorted(devices))}, expected all of '
+                             f'it on {self.device}: one FrozenTrunk has one device')
+
+    # --- saying what is shared ----------------------------------------------------------------
+
+    def report(self) -> TrunkReport:
+        """Says what is shared and what is not, and why. Runs every pair of tasks on noise."""
+        tasks = list(self._tasks.values())
+        report = TrunkReport()
+        for trunk in {task.trunk: None for task in tasks}:
+            of = [task for task in tasks if task.trunk is trunk]
+            report.trunks.append(TrunkEntry(
+                trunk.kind, trunk.key, trunk.nbytes,
+                {task.name: _own_bytes(task, trunk) for task in of}))
+            for i, first in enumerate(of):
+                for second in of[i + 1:]:
+                    report.pairs[first.name, second.name] = self._compare(first, second)
+        return report
+
+    def __str__(self) -> str:
+        return str(self.report())
+
+    def _compare(self, first: _Task, second: _Task) -> str:
+        taken = self._try_out(first, second)
+        why = _difference(first, second)
+        if why is not None:
+            return f'nothing: {why}'
+        if not taken:
+            kinds = [f'{type(t.part.backbone).__module__.partition(".")[0]}.'
+                     f'{type(t.part.backbone).__name__}' for t in (first, second)]
+            if type(first.part.backbone) is not type(second.part.backbone):
+                return (f'nothing: their backbones are of two classes, {kinds[0]} and {kinds[1]}, '
+                        'with equal weights; one name in both configs would let them share')
+            return 'nothing: their backbones are built otherwise from the first layer on'
+        if taken == ['']:
+            return 'the whole backbone'
+        return f'the backbone up to where they part: {listed(taken, most=8)}'
+
+    def _try_out(self, first: _Task, second: _Task) -> list[str]:
+        """The modules that the second one of two tasks does not run, of the same input."""
+        taken: list[str] = []
+        if first.trunk is second.trunk:
+            for _ in range(2):  # the first run finds out what has to be copied
+                session = self._session([first, second])
+                for task in (first, second):
+                    with torch.inference_mode(False), torch.no_grad(), task.lock, \
+                            session.task(task.name):
+                        for shape in image_shapes(task.part.backbone):
+                            with contextlib.suppress(Exception):  # not at this size
+                                task.part(noise(task.part, shape, 1))
+                                break
+                taken = [path for _, path in session.taken[second.name]]
+        return taken
+
+
+@dataclass
+class TrunkEntry:
+    """One trunk in a report.
+
+    Attributes:
+        kind (str): Class of the backbone.
+        fingerprint (str): Hexadecimal.
+        nbytes (int): Of the frozen tensors, which are in memory once.
+        own_bytes (dict[str, int]): By task name, of everything else: prompts, neck, head.
+    """
+    kind: str
+    fingerprint: str
+    nbytes: int
+    own_bytes: dict[str, int]
+
+
+@dataclass
+class TrunkReport:
+    """What the tasks of a :class:`FrozenTrunk` share.
+
+    Attributes:
+        trunks (list[TrunkEntry]): The trunks.
+        pairs (dict[tuple[str, str], str]): For two tasks of one trunk, what of a pass the second
+            one does not run again where both are run on one image, or why nothing.
+    """
+    trunks: list[TrunkEntry] = field(default_factory=list)
+    pairs: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = []
+        for trunk in self.trunks:
+            own = ', '.join(f'{name} (+{_size(n)})' for name, n in trunk.own_bytes.items())
+            lines.append(f'{trunk.kind} {trunk.fingerprint[:16]}…, {_size(trunk.nbytes)} frozen, '
+                         f'once for {len(trunk.own_bytes)} tasks: {own}')
+            lines += [f'  {first} and {second} share {what}'
+                      for (first, second), what in self.pairs.items() if first in trunk.own_bytes]
+        if len(self.trunks) > 1:
+            lines.append(f'{len(self.trunks)} trunks: their backbones hold different weights, so '
+                         'nothing is shared between them')
+        return '\n'.join(lines) or 'no tasks'
+
+
+def _size(nbytes: int) -> str:
+    return f'{nbytes / 2**20:.1f} MiB'
+
+
+def _own_bytes(task: _Task, trunk: Trunk) -> int:
+    frozen = {tensor.data_ptr() for tensor in trunk.tensors.values()}
+    tensors = {t.data_ptr(): t.nbytes for t in (*task.model.parameters(), *task.model.buffers())}
+    return sum(nbytes for pointer, nbytes in tensors.items() if pointer not in frozen)
+
+
+def _difference(first: _Task, second: _Task) -> str | None:
+    """How what two tasks give to their backbones differs, tried out on two images; None where it
+    is the same."""
+    rng = np.random.default_rng(0)
+    for height, width in PROBES:
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        inputs = []
+        for task in (first, second):
+            with task.lock:
+                inputs.append(task.inference.model_input(image))
+        x, y = inputs
+        if x.shape != y.shape:
+            made = ' and '.join(f'{t.size(-1)}x{t.size(-2)}' for t in inputs)
+            return (f'their preprocessing differs: of an image of {width}x{height} pixels they '
+                    f'make {made} (scale, padding)')
+        if not equal(x, y):
+            if equal(x.flip(1).contiguous(), y.contiguous()):
+                return 'their preprocessing differs in the order of channels (RGB and BGR)'
+            scales = [_normalisation(task.model) for task in (first, second)]
+            if scales[0] != scales[1]:
+                return f'their preprocessing differs: {scales[0]} and {scales[1]}'
+            return (f'their preprocessing differs: inputs of one shape are up to '
+                    f'{float((x - y).abs().max()):.3g} apart (order of channels, interpolation, '
+                    'crop, …)')
+    return None
+
+
+def _normalisation(model: nn.Module) -> str:
+    told = []
+    for name in ('mean', 'std'):
+        values = getattr(model.data_preprocessor, name, None)
+        told.append(f'no {name}' if values is None else
+                    f'{name} {[round(value, 3) for value in values.flatten().tolist()]}')
+    return ', '.join(told)
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def _config(loaded: dict, path: str, config: Config | str | os.PathLike | None) -> Config:
+    """The config of a task, not the caller's own object."""
+    if isinstance(config, Config):
+        return Config(config.to_dict())
+    if config is not None:
+        return cli.load_config(os.fspath(config))
+    meta = loaded.get('meta') if isinstance(loaded.get('meta'), dict) else {}
+    text = meta.get('cfg')
+    if not isinstance(text, str):
+        raise TrunkError(f'{path} holds no config (meta.cfg); name it: '
+                         "add(name, checkpoint, config='….py')")
+    try:
+        return parse_config(text)
+    except ValueError as error:
+        raise TrunkError(f'{path}: the config in it (meta.cfg) cannot be read, {error}; name one: '
+                         "add(name, checkpoint, config='….py')") from error
+
+
+def _names(tasks, images: list | None, known: dict[str, _Task]) -> list[list[str]]:
+    """The names of the tasks for each image."""
+    count = 1 if images is None else len(images)
+    if tasks is None:
+        tasks = list(known)
+        if not tasks:
+            raise TrunkError('there are no tasks; add(name, checkpoint) adds one')
+    if isinstance(tasks, str):
+        tasks = [tasks]
+    if not isinstance(tasks, (list, tuple)):
+        raise TrunkError(f'tasks must be names, or a list of names for each image, got {tasks!r}')
+    if any(isinstance(own, (list, tuple)) for own in tasks):
+        if images is None or len(tasks) != count:
+            raise TrunkError(f'tasks has lists of names for {len(tasks)} images, expected '
+                             f'{"one list for one image" if images is None else count}')
+        names = [[own] if isinstance(own, str) else list(own) for own in tasks]
+    else:
+        names = [list(tasks)] * count
+    for own in names:
+        if not own:
+            raise TrunkError('tasks is empty: expected at least one name for each image')
+        if len({*map(str, own)}) < len(own):
+            raise TrunkError(f'a task is named twice: {listed(map(str, own))}')
+    return names
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(
+        words in str(error) for words in ('out of memory', "can't allocate memory"))
+
+
+def _told(error: Exception) -> str:
+    first = ' '.join(str(error).split())[:300]
+    return f'ran out of memory: {first}' if _is_out_of_memory(error) else \
+        f'failed: {type(error).__name__}: {first}'
+

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+
+from .conftest import load_tool
+
+tool = load_tool('analysis_tools/benchmark_trunk.py')
+
+
+def result(**changes) -> dict:
+    ways = {way: [dict(tasks=n, resident=factor * n * 2**20, tensors=n, image_s=0.5 * n,
+                       backbone_s=0.25 * factor, first_add_s=3., later_add_s=2. if n > 1 else None)
+                  for n in (1, 2)] for way, factor in (('trunk', 1), ('separate', 3))}
+    return {'backbone': 'resnet50', 'insert': 'outputs', 'scale': 224, **ways, **changes}
+
+
+def test_table_and_plot(tmp_path):
+    lines = tool.table(result()).splitlines()
+    assert lines[-1] == '| 2 | 2 | 6 | 1.00 | 1.00 | 0.25 | 0.75 | 2.00 | 2.00 |'
+    assert lines[-2].endswith('| – | – |')
+    tool.plot([result(), result(insert='none')], str(tmp_path / 'a.png'))
+    assert (tmp_path / 'a.png').stat().st_size > 5000
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--plot', 'a.png'], '--json, which is missing'), (['--scale', '0'], 'at least 1, got 0'),
+    (['--tasks', '0'], '--tasks must be at least 1'), (['--backbone', 'x'], 'invalid choice')])
+def test_wrong_arguments(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        tool.parse_args(['a.jpg', '--weights', 'w.pth', *argv])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('kind', tool.KINDS)
+def test_configs_survive_the_checkpoint(kind):
+    from mmprotune.config_nodes import parse_config
+    args = tool.parse_args(['a.jpg', '--weights', 'w.pth', '--insert', 'none'])
+    cfg = tool.task_cfg(kind, args)
+    found = parse_config(cfg.pretty_text)
+    assert found.to_dict() == cfg.to_dict()
+    assert found.model.backbone.prompt is None
