@@ -68,25 +68,6 @@ class AdaptFormerPrompt(BasePrompt):
         if self.zero_init:
             nn.init.zeros_(self.expand.weight)
 
-    def down(self, x: Tensor) -> Tensor:
-        """The narrow hidden map.
-
-        Args:
-            x (Tensor): Feature map of shape (N, C, H, W), ``C = channels``.
-
-        Returns:
-            Tensor: Of shape (N, hidden, H, W).
-        """
-        self.check_input(x)
-        return self.reduce(x)
-
     def up(self, hidden: Tensor) -> Tensor:
-        """The prompt.
-
-        Args:
-            hidden (Tensor): What :meth:`down` returned.
-
-        Returns:
-            Tensor: Of shape (N, C, H, W).
-        """
+        """The prompt of the hidden map; see :meth:`BasePrompt.up`."""
         return self.expand(self.dropout(self.act(hidden))) * self.factor

@@ -1,8 +1,6 @@
 """What every prompt block has in common: the interface, and the checks of its config."""
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import Tensor, nn
@@ -29,8 +27,6 @@ class BasePrompt(BaseModule):
         stands_alone (bool): Whether the prompt may take the feature's place instead of being added
             to it, as ``last_stage='serial'`` has it.
     """
-    down: Callable[[Tensor], Tensor]
-    up: Callable[[Tensor], Tensor]
     stands_alone = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,6 +39,29 @@ class BasePrompt(BaseModule):
             Tensor: Prompt of the same shape.
         """
         return self.up(self.down(x))
+
+    def down(self, x: Tensor) -> Tensor:
+        """The narrow hidden map: what the convolution ``reduce`` makes, unless a block defines it.
+
+        Args:
+            x (Tensor): Feature map of shape (N, C, H, W), ``C = channels``.
+
+        Returns:
+            Tensor: Of shape (N, hidden, H, W).
+        """
+        self.check_input(x)
+        return self.reduce(x)
+
+    def up(self, hidden: Tensor) -> Tensor:
+        """The prompt of the hidden map.
+
+        Args:
+            hidden (Tensor): What :meth:`down` returned.
+
+        Returns:
+            Tensor: Of shape (N, C, H, W).
+        """
+        raise NotImplementedError(f'{type(self).__name__} defines neither forward nor up')
 
     def reset_parameters(self) -> None:
         """Draws the weights anew; a block that does not define this keeps those it has."""

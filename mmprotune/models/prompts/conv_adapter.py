@@ -81,27 +81,8 @@ class ConvAdapterPrompt(BasePrompt):
             nn.init.zeros_(self.expand.weight)
             nn.init.zeros_(self.expand.bias)
 
-    def down(self, x: Tensor) -> Tensor:
-        """The narrow hidden map.
-
-        Args:
-            x (Tensor): Feature map of shape (N, C, H, W), ``C = channels``.
-
-        Returns:
-            Tensor: Of shape (N, hidden, H, W).
-        """
-        self.check_input(x)
-        return self.reduce(x)
-
     def up(self, hidden: Tensor) -> Tensor:
-        """The prompt.
-
-        Args:
-            hidden (Tensor): What :meth:`down` returned.
-
-        Returns:
-            Tensor: Of shape (N, C, H, W).
-        """
+        """The prompt of the hidden map; see :meth:`BasePrompt.up`."""
         prompt = self.expand(self.act(hidden))
         # In the prompt's precision: autocast's product of the two would be float32.
         return prompt * self.scale.to(prompt.dtype)[:, None, None]

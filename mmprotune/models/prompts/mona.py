@@ -84,28 +84,14 @@ class MonaPrompt(BasePrompt):
             nn.init.zeros_(self.expand.weight)
 
     def down(self, x: Tensor) -> Tensor:
-        """The narrow hidden map, before the depthwise convolutions.
-
-        Args:
-            x (Tensor): Feature map of shape (N, C, H, W), ``C = channels``.
-
-        Returns:
-            Tensor: Of shape (N, hidden, H, W).
-        """
+        """The narrow hidden map, before the depthwise convolutions; see :meth:`BasePrompt.down`."""
         self.check_input(x)
         x = x.permute(0, 2, 3, 1)
         x = self.norm(x) * self.norm_scale + x * self.input_scale
         return self.reduce(x.permute(0, 3, 1, 2))
 
     def up(self, hidden: Tensor) -> Tensor:
-        """The prompt.
-
-        Args:
-            hidden (Tensor): What :meth:`down` returned.
-
-        Returns:
-            Tensor: Of shape (N, C, H, W).
-        """
+        """The prompt of the hidden map; see :meth:`BasePrompt.up`."""
         # The mean of the three convolutions is one with the mean of their kernels: half the time.
         weight = sum(F.pad(conv.weight, [(_SIZES[-1] - k) // 2] * 4)
                      for k, conv in zip(_SIZES, self.spatial)) / len(_SIZES)

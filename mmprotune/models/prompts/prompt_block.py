@@ -103,26 +103,7 @@ class PromptBlock(BasePrompt):
         if self.scale is not None:
             nn.init.constant_(self.scale, self.scale_init)
 
-    def down(self, x: Tensor) -> Tensor:
-        """The narrow hidden map.
-
-        Args:
-            x (Tensor): Feature map of shape (N, C, H, W), ``C = channels``.
-
-        Returns:
-            Tensor: Of shape (N, hidden, H, W).
-        """
-        self.check_input(x)
-        return self.reduce(x)
-
     def up(self, hidden: Tensor) -> Tensor:
-        """The prompt.
-
-        Args:
-            hidden (Tensor): What :meth:`down` returned.
-
-        Returns:
-            Tensor: Of shape (N, C, H, W).
-        """
+        """The prompt of the hidden map; see :meth:`BasePrompt.up`."""
         prompt = self.expand(self.act(self.norm(self.spatial(hidden))))
         return prompt if self.scale is None else prompt * self.scale

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmprotune.lean.prompts import _has_halves
 from mmprotune.models.prompts import BasePrompt, PromptBlock
 from mmprotune.registry import MODELS
 from tests.conftest import RESNET18, build
@@ -71,7 +72,7 @@ def test_every_block_of_the_package_may_stand_alone(name):
         build(cfg)
 
 
-def test_the_interface_is_no_promise_of_every_block():
-    """A block without the two methods is known by that."""
-    assert not hasattr(ToyWhole(4), 'down') and hasattr(ToyCut(4), 'down')
-    assert issubclass(PromptBlock, BasePrompt)
+def test_a_block_of_one_piece_is_known_by_its_forward():
+    assert not _has_halves(ToyWhole(4)) and _has_halves(ToyCut(4)) and _has_halves(PromptBlock(4))
+    with pytest.raises(NotImplementedError, match='BasePrompt defines neither forward nor up'):
+        BasePrompt().up(None)
