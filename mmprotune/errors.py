@@ -85,6 +85,10 @@ class TaskFailed(MMProtuneError, RuntimeError):
         self.results = results
 
 
+class DoesNotFit(MMProtuneError, ValueError):
+    """A module has no place for a tensor."""
+
+
 # --- training and evaluation ------------------------------------------------------------------
 
 

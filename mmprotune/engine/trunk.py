@@ -22,8 +22,7 @@ from mmprotune.checkpoints.slim import FINGERPRINT, hex_of, prompted_parts
 from mmprotune.config_nodes import parse_config
 from mmprotune.engine import cli
 from mmprotune.engine.inference import HOSTS, Inference, check_image
-from mmprotune.errors import TaskFailed, TrunkError, listed
-from mmprotune.freezing.freeze import DoesNotFit
+from mmprotune.errors import DoesNotFit, TaskFailed, TrunkError, listed
 from mmprotune.lean.dry_run import image_shapes, noise
 from mmprotune.models.sharing import Session, equal, install, shared_paths
 from mmprotune.models.trunk import Trunk

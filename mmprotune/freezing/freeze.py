@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from mmprotune.errors import DoesNotFit
+
 
 def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and persistent buffers that the module itself owns."""
@@ -152,10 +154,6 @@ def frozen_tensors(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]
     found = {n: p for n, p in module.named_parameters(remove_duplicate=False) if n in wanted}
     found.update((n, b) for n, b in module.named_buffers(remove_duplicate=False) if n in wanted)
     return found
-
-
-class DoesNotFit(ValueError):
-    """A module has no place for a tensor."""
 
 
 def adopt(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

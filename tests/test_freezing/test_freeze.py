@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from mmprotune.errors import DoesNotFit
 from mmprotune.freezing import adopt, freeze, keep_frozen_in_eval
-from mmprotune.freezing.freeze import DoesNotFit
 
 
 def network():
