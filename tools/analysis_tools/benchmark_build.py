@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures here, too')
     args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f'--repeats must be at least 1, got {args.repeats}')
     torch.set_num_threads(1)
     MMLogger.get_instance('build', log_level='ERROR')
     rows = {}
