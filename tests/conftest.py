@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
@@ -21,6 +24,17 @@ def _mmdet_scope():
     """Short type names mean mmdet's, as in its own configs."""
     with DefaultScope.overwrite_default_scope('mmdet'):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _loggers_with_open_streams():
+    """A logger outlives its test, and the stream that capsys gave it does not."""
+    for logger in MMLogger._instance_dict.values():
+        for handler in logger.handlers:
+            stream = getattr(handler, 'stream', None)  # a file not yet written to has none
+            if isinstance(handler, logging.StreamHandler) and getattr(stream, 'closed', False):
+                handler.stream = sys.stdout  # setStream() would flush the closed one
+    yield
 
 
 @pytest.fixture(scope='session')
