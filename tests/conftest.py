@@ -34,7 +34,6 @@ def _loggers_with_open_streams():
             stream = getattr(handler, 'stream', None)  # a file not yet written to has none
             if isinstance(handler, logging.StreamHandler) and getattr(stream, 'closed', False):
                 handler.stream = sys.stdout  # setStream() would flush the closed one
-    yield
 
 
 @pytest.fixture(scope='session')
