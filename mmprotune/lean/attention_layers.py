@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from . import functional
 from .graph import TORCH_BEFORE_2_3, builds_graph, check_frozen, is_recorded
-from .layers import LeanLayer
+from .layers import LeanLayer, stand_in
 from .precision import is_autocast
 
 
@@ -186,3 +186,18 @@ class ShiftWindowMSA(LeanLayer):
         if self.shift_size > 0:
             x = x.roll((-self.shift_size, -self.shift_size), dims=(1, 2))
         return self.window_partition(x).view(-1, size * size, x.size(-1))
+
+
+class RotaryEmbedding(LeanLayer):
+    """The rotary position embedding of mmpretrain's EVA-02: for images of another size than its
+    tables are for, the stock layer puts others in their place, which are saved with the frozen
+    weights and shared with every other call."""
+
+    def forward(self, x: Tensor, patch_resolution: int | Sequence[int]) -> Tensor:
+        size = patch_resolution
+        size = tuple(size) if isinstance(size, Sequence) else (size, size)
+        if size == tuple(self.patch_resolution):
+            return super().forward(x, size)
+        other = stand_in(self, {})
+        other.__dict__['_buffers'] = dict(self._buffers)
+        return self.stock_class.forward(other, x, size)

@@ -46,6 +46,8 @@ _TABLE = {
     'mmseg.models.backbones.beit.BEiTAttention': attention_layers.BEiTAttention,
     'mmpretrain.models.utils.attention.BEiTAttention': attention_layers.BEiTAttention,
     'mmpretrain.models.utils.attention.WindowMSAV2': attention_layers.WindowMSAV2,
+    'mmpretrain.models.utils.position_encoding.RotaryEmbeddingFast':
+        attention_layers.RotaryEmbedding,
     'mmdet.models.backbones.swin.ShiftWindowMSA': attention_layers.ShiftWindowMSA,
     'mmseg.models.backbones.swin.ShiftWindowMSA': attention_layers.ShiftWindowMSA,
 }

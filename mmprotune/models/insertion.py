@@ -14,8 +14,9 @@ from .layout import Layout
 from .stage_ends import find_block_ends, find_stage_ends, find_stem
 from .trace import StageError, Trace, dry_run, read_features
 
-# Values of `insert`, and what the prompts there are called.
-INSERT = dict(stages='stage', blocks='block', branches='branch', narrow='branch', outputs='output')
+# Values of `insert`, and what the prompts there are called. 'auto' is one of the others.
+INSERT = dict(stages='stage', blocks='block', branches='branch', narrow='branch', outputs='output',
+              auto='')
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def find_places(backbone: nn.Module,
         TypeError: ``stages`` is neither 'auto' nor a sequence of strings.
     """
     paths = _by_hand(backbone, stages, insert)
+    if paths is not None:
+        insert = 'stages'
     trace = dry_run(backbone)
     name = type(backbone).__name__
     if paths is not None:
@@ -114,7 +117,7 @@ def find_places(backbone: nn.Module,
                 raise StageError(f'stages: {path!r} of {name} returns no feature map; '
                                  f'modules that do: {_names(_candidates(trace))}')
     else:
-        found = _find(backbone, trace, insert)
+        insert, found = _find(backbone, trace, insert)
     behind_stem = find_stem(backbone, trace) if stem else {}
     if stem and not behind_stem:
         raise StageError(f'stem: no module of {name} returns the feature that enters the first '
@@ -158,7 +161,7 @@ def _by_hand(backbone: nn.Module, stages: str | Sequence[str], insert: str) -> l
         return None
     if not isinstance(stages, Sequence) or not all(isinstance(s, str) for s in stages):
         raise TypeError(f"stages must be 'auto' or a list of module paths, got {stages!r}")
-    if insert != 'stages':
+    if insert not in ('stages', 'auto'):
         raise ValueError(f'stages names the places by hand, so insert={insert!r} has no meaning; '
                          'leave one of the two out')
     if not stages:
@@ -176,7 +179,13 @@ def _by_hand(backbone: nn.Module, stages: str | Sequence[str], insert: str) -> l
     return list(paths)
 
 
-def _find(backbone: nn.Module, trace: Trace, insert: str) -> dict[str, dict[int | None, Layout]]:
+def _find(backbone: nn.Module, trace: Trace,
+          insert: str) -> tuple[str, dict[str, dict[int | None, Layout]]]:
+    """What ``insert`` comes to ('auto' is 'narrow', or 'stages' where no branch is found), and
+    the places."""
+    if insert == 'auto':
+        found = find_branches(backbone, trace, narrow=True)
+        return ('narrow', found) if found else _find(backbone, trace, 'stages')
     name = type(backbone).__name__
     if insert == 'stages':
         found = find_stage_ends(backbone, trace)
@@ -191,11 +200,11 @@ def _find(backbone: nn.Module, trace: Trace, insert: str) -> dict[str, dict[int 
         found = find_branches(backbone, trace, narrow=insert == 'narrow')
         missing = 'no residual branch was found'
     if found:
-        return found
+        return insert, found
     if insert == 'stages':
         raise StageError(f'stages: {missing} in {name}; name them with stages=[…]; modules that '
                          f'return feature maps: {_names(_candidates(trace))}')
-    others = ', '.join(repr(other) for other in INSERT if other != insert)
+    others = ', '.join(repr(other) for other in INSERT if other not in (insert, 'auto'))
     raise StageError(f'insert={insert!r}: {missing} in {name}; others are {others}, or name the '
                      f'places with stages=[…]; modules that return feature maps: '
                      f'{_names(_candidates(trace))}')

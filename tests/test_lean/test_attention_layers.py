@@ -90,3 +90,16 @@ def test_cosines_of_swin_v2(qkv_bias, masked):
     layer.logit_scale.requires_grad_()
     layer(x, mask).sum().backward()
     assert layer.logit_scale.grad.any()
+
+
+def test_rotary_tables_stay_those_of_their_size():
+    from mmpretrain.models.utils.position_encoding import RotaryEmbeddingFast
+    stock, layer = (RotaryEmbeddingFast(8, 4) for _ in range(2))
+    assert make_lean(layer, dict(fold=False)).covered[''] == 'RotaryEmbeddingFast'
+    before = {n: b.clone() for n, b in layer.named_buffers()}
+    for size in ((4, 4), (3, 5), 2, (4, 4)):
+        h, w = size if isinstance(size, tuple) else (size, size)
+        x = torch.randn(1, 2, h * w, 8)
+        assert torch.equal(layer(x, size), stock(x, size))
+    assert layer.patch_resolution == (4, 4)
+    assert all(torch.equal(b, before[n]) for n, b in layer.named_buffers())

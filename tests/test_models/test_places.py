@@ -17,6 +17,7 @@ from tests.test_models.test_layouts import HRNET, VIT
 
 RESNET50 = dict(
     type='ResNet', depth=50, base_channels=8, norm_eval=True, zero_init_residual=False)
+VGG = dict(type='mmpretrain.VGG', depth=11, num_classes=-1)
 CONVNEXT = dict(
     type='mmpretrain.ConvNeXt', arch=dict(depths=[1, 1, 2, 1], channels=[8, 16, 32, 64]),
     out_indices=(0, 1, 2, 3), gap_before_final_norm=False)
@@ -57,6 +58,9 @@ def paths(cfg, insert, **kwargs):
                                                   kernel_size=3)), 'blocks', 3, 'stages.0',
      'stages.2'),
     (RESNET18, 'outputs', 4, '', ''),
+    (RESNET50, 'auto', 16, 'layer1.0.bn2', 'layer4.2.bn2'),
+    (SWIN, 'auto', 10, 'stages.0.blocks.0.attn', 'stages.3.blocks.0.ffn.layers'),
+    (VGG, 'auto', None, 'features.0', None),  # has no branches
 ], ids=lambda value: value.get('type') if isinstance(value, dict) else None)
 def test_places(cfg, insert, count, first, last):
     found = paths(cfg, insert)
@@ -119,6 +123,11 @@ def test_which_additions_are_residual(kind, place):
         assert [(p.name, p.path) for p in places] == [('branch1', place)]
 
 
+def test_by_hand_comes_before_auto():
+    places, *_ = find_places(host(RESNET18), ['layer1'], insert='auto')
+    assert [(place.name, place.path) for place in places] == [('stage1', 'layer1')]
+
+
 def test_patterns_by_hand():
     assert len(paths(RESNET50, 'stages', stages=['layer*.*.bn3'])) == 16
     assert paths(RESNET50, 'stages', stages=['layer2.*', 'layer1.0']) == [
@@ -131,9 +140,9 @@ def test_patterns_by_hand():
     (RESNET18, dict(insert='block'), ValueError, "insert must be one of .*'blocks'.*got 'block'"),
     (RESNET18, dict(insert='blocks', last_stage='serial'), ValueError, 'prompts at stage ends'),
     (RESNET18, dict(insert='blocks', stages=['layer1']), ValueError, 'stages names the places'),
-    (dict(type='mmpretrain.VGG', depth=11, num_classes=-1), dict(insert='narrow'), StageError,
+    (VGG, dict(insert='narrow'), StageError,
      "insert='narrow': no residual branch was found in VGG; others are 'stages'"),
-    (dict(type='mmpretrain.VGG', depth=11, num_classes=-1), dict(stem=True), StageError, 'stem: '),
+    (VGG, dict(stem=True), StageError, 'stem: '),
     (dict(type='mmpretrain.VisionTransformer', arch='deit-tiny', img_size=64),
      dict(insert='outputs'), StageError,
      "insert='outputs': no feature map is returned"),

@@ -500,7 +500,9 @@ def check_prompted(run: Run, folder: Path, stock: dict) -> dict:
         raise AssertionError('no prompt trains')
     if not named:
         paramwise = cfg.optim_wrapper.get('paramwise_cfg') or {}
-        faults += wrong_rates(wrapper.optimizer, prompts, paramwise.get('bias_lr_mult') or 1.,
+        every_bias = (paramwise.get('custom_keys') or {}).get('bias') or {}
+        faults += wrong_rates(wrapper.optimizer, prompts,
+                              every_bias.get('lr_mult') or paramwise.get('bias_lr_mult') or 1.,
                               head_rate(wrapper.optimizer, model))
     # Prompts start at zero, and so do some heads, which lets no gradient through.
     with torch.no_grad():
