@@ -9,7 +9,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmprotune.lean import restore, unfold
+from mmprotune.lean import restore
 from mmprotune.lean.memory import KeptBytes
 from mmprotune.testing.noise_batch import noise_batch
 from tests.conftest import wake
@@ -83,8 +83,7 @@ def test_layers_against_autograd(path, device):
 
 @pytest.mark.parametrize('name', NETWORKS)
 def test_lean_is_exact(name, device):
-    model = prompted(SMALL[name]).to(device)
-    unfold(model)
+    model = prompted(SMALL[name], lean=dict(rounds=False)).to(device)
     x = images(device)
     (found, gradients), (expected, exact) = step(model, x, enabled=False), step(
         ordinary(model), x, enabled=False)

@@ -1,6 +1,5 @@
 """The lean backward pass: it saves what the gradients need of frozen layers, and no more."""
 from .convert import make_lean, restore, store_weights
-from .folding import unfold
 from .options import LeanOptions, LeanReport
 
-__all__ = ['LeanOptions', 'LeanReport', 'make_lean', 'restore', 'store_weights', 'unfold']
+__all__ = ['LeanOptions', 'LeanReport', 'make_lean', 'restore', 'store_weights']

@@ -10,12 +10,11 @@ import contextlib
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .dry_run import DryRun
-from .folding import TOLERANCE, Pair, distance, find_pairs, fold, unfold
 from .graph import LeanState
-from .layers import LeanLayer
+from .layers import LeanLayer, Linear
 from .memory import KeptBytes
 from .options import LeanOptions, LeanReport
 from .prompts import PromptState, observed
@@ -32,6 +31,10 @@ from .table import (
 
 # What frozen weights can be stored in.
 STORAGE_DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)
+# Lean layers whose outputs may differ from the stock ones by rounding.
+ROUNDS = (Linear, *ATTENTION)
+# How far that may move an output of the network, relative to its largest value.
+TOLERANCE = 1e-4
 
 
 def make_lean(module: nn.Module,
@@ -42,9 +45,9 @@ def make_lean(module: nn.Module,
               shape: tuple[int, int, int] | None = None) -> LeanReport:
     """Makes the frozen layers of a network lean, in place.
 
-    Runs the network twice on a small noise image, in eval mode and without touching any state: as
-    it was, to see which norm follows which convolution, and lean, to see what is worth computing
-    again and that the outputs are the same.
+    Runs the lean network on a small noise image, in eval mode and without touching any state, to
+    see what is worth computing again; where layers may round otherwise, once more before, to see
+    that the outputs are the same.
 
     Args:
         module (nn.Module): The network. Layers with a parameter that trains stay as they are.
@@ -71,31 +74,21 @@ def make_lean(module: nn.Module,
         if part is not None:
             restore(part)
     dry_run = DryRun(module if root is None else root, module, shape)
-    pairs, expected = find_pairs(module, dry_run)
     _swap(module, options, report)
-    with contextlib.ExitStack() as stack:
-        if prompts is not None and options.prompts:
-            stack.enter_context(observed(prompts, options.prompts))
-        if dry_run.shape is None:
-            report.remarks.append(f'the network ran at no usual image size ({dry_run.error}), so '
-                                  'nothing is folded or computed again')
-            return report
-        if options.fold:
-            _fold(module, pairs, report)
-        planner = stack.enter_context(Planner(module)) if options.budget else None
-        with KeptBytes(dry_run.root) as kept:
-            outputs = dry_run()
-            counted = kept.inside(module)
-    if options.fold and (error := distance(outputs, expected)) > TOLERANCE:
-        unfold(module)
-        report.folded = []
-        report.remarks.append(f'folding moved outputs by {error:.1e}, so nothing is folded '
-                              '(as with fold=False)')
-    if planner is not None:
-        report.recomputed = planner.choose(options.budget)
-    report.kept = sum(counted.values()) + (planner.left if planner else 0)
-    report.ordinary = {path: n for path, n in counted.items()
-                       if not isinstance(module.get_submodule(path), LeanLayer)}
+    rounding = [m.lean for m in module.modules() if options.rounds and isinstance(m, ROUNDS)]
+    expected = dry_run.start() if rounding else None
+    for state in rounding:
+        state.rounds = True
+    outputs = dry_run.start(lambda: _plan(module, prompts, options, dry_run, report))
+    if outputs is None:
+        report.remarks.append(f'the network ran at no usual image size ({dry_run.error}), so '
+                              'nothing is computed again')
+    if rounding and (error := _distance(outputs, expected)) > TOLERANCE:
+        for state in rounding:
+            state.rounds = False
+        if outputs is not None:
+            report.remarks.append(f'rounding moved outputs by {error:.1e}, so linear layers '
+                                  'compute as the stock ones (as with rounds=False)')
     return report
 
 
@@ -173,11 +166,36 @@ def _swap(module: nn.Module, options: LeanOptions, report: LeanReport) -> None:
         state.drops_weights = child in parents and forward_name(parents[child]) in DROPS_WEIGHTS
 
 
-def _fold(module: nn.Module, pairs: list[tuple[nn.Module, nn.Module]],
-          report: LeanReport) -> None:
-    places = {child: (parent, name) for parent in module.modules()
-              for name, child in parent.named_children()}
-    pairs = [Pair(conv, norm, *places[norm], module) for conv, norm in pairs
-             if isinstance(conv, LeanLayer) and isinstance(norm, LeanLayer)]
-    fold(module, pairs)
-    report.folded = [(p.conv.lean.name, p.norm.lean.name) for p in pairs]
+# --- what they do -----------------------------------------------------------------------------
+
+
+def _plan(module: nn.Module, prompts: nn.Module | None, options: LeanOptions, dry_run: DryRun,
+          report: LeanReport) -> list[Tensor] | None:
+    """Runs the lean network once, and decides by that what it keeps."""
+    with contextlib.ExitStack() as stack:
+        sums = {}
+        if prompts is not None and options.prompts:
+            sums = stack.enter_context(observed(prompts, options.prompts))
+        planner = stack.enter_context(Planner(module)) if options.budget else None
+        kept = stack.enter_context(KeptBytes(dry_run.root))
+        outputs = dry_run()
+        if outputs is None:
+            sums.clear()  # of a run that broke off, which shows nothing
+            return None
+        counted = kept.inside(module)
+    if planner is not None:
+        report.recomputed = planner.choose(options.budget)
+    report.kept = sum(counted.values()) + (planner.left if planner else 0)
+    report.ordinary = {path: n for path, n in counted.items()
+                       if not isinstance(module.get_submodule(path), LeanLayer)}
+    return outputs
+
+
+def _distance(found: list[Tensor] | None, expected: list[Tensor] | None) -> float:
+    """How far the outputs of a network have moved, relative to their largest values; infinite where
+    it did not run."""
+    if found is None or expected is None or len(found) != len(expected):
+        return float('inf')
+    return max((float((a.detach() - b).abs().max() / b.abs().max().clamp_min(1e-30))
+                for a, b in zip(found, expected) if b.is_floating_point() and b.numel()),
+               default=0.)

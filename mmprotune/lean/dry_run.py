@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from .graph import run_folded
-
 # Image sizes (H, W) tried in turn, small ones first: not square, which tells height from width.
 IMAGE_SIZES = ((64, 96), (128, 192), (224, 224), (256, 256), (384, 384), (512, 512))
 # Channels tried in turn.
@@ -117,42 +115,40 @@ class DryRun:
             self._shapes[:2] = self._shapes[1::-1]
         self.shape: tuple[int, int, int] | None = None
 
-    def start(self, before: Callable[[], object] = lambda: None) -> list[Tensor] | None:
-        """Runs the network at the first shape that it accepts, in a graph that goes through all
-        layers and holds no tensors.
+    def start(self, run: Callable[[], list[Tensor] | None] | None = None) -> list[Tensor] | None:
+        """Runs the network at the first shape that it accepts; once that is known, at this one.
 
         Args:
-            before (Callable): Called before each try. Defaults to nothing.
+            run (Callable, optional): A try: calls this object, and returns what that does. Defaults
+                to None: without a graph.
 
         Returns:
             list[Tensor], optional: The outputs; None where it runs at none.
         """
-        for shape in self._shapes:
+        for shape in self._shapes if self.shape is None else [self.shape]:
             self.shape = shape
-            before()
-            with nothing_saved():
-                outputs = self(through=True)
+            outputs = self(graph=False) if run is None else run()
             if outputs is not None:
                 return outputs
         self.shape = None
         return None
 
-    def __call__(self, through: bool = False) -> list[Tensor] | None:
-        """Runs the network once, in a graph, on the same image as ever.
+    def __call__(self, graph: bool = True) -> list[Tensor] | None:
+        """Runs the network once, on the same image as ever.
 
         Args:
-            through (bool): Whether the image requires a gradient, so that the graph goes through
-                all layers. Otherwise only where nothing trains. Defaults to False.
+            graph (bool): Whether in an autograd graph. The image requires a gradient only where
+                nothing trains. Defaults to True.
 
         Returns:
             list[Tensor], optional: The outputs; None where the network does not run.
         """
         # Leaving inference mode switches gradients on, so that they are set last.
-        with undisturbed(self.root), torch.inference_mode(False), torch.enable_grad():
+        with undisturbed(self.root), torch.inference_mode(False), torch.set_grad_enabled(graph):
             images = noise(self.root, self.shape, 1).to(self._dtype)
             try:
-                images = images.requires_grad_(through or not self._trains).clone()
-                return list(tensors_in(run_folded(self.root, images)))
+                images = images.requires_grad_(graph and not self._trains).clone()
+                return list(tensors_in(self.root(images)))
             except Exception as error:  # whatever it is: not at this size
                 self.error = self.error or f'{type(error).__name__}: {error}'
         return None

@@ -1,7 +1,7 @@
 """What lean functions share: when to build a graph, in which precision, where tensors come from."""
 from __future__ import annotations
 
-import threading
+import copy
 from collections.abc import Callable
 
 import torch
@@ -25,60 +25,22 @@ class LeanState:
         recomputes (bool): Whether an activation behind it may have the backward pass apply it once
             more.
         rounds (bool): Whether its output may differ from the stock layer's by rounding.
-        pair (Pair, optional): The convolution and the norm that are computed as one.
         sdpa (bool): Whether attention uses ``F.scaled_dot_product_attention``.
         drops_weights (bool): Whether who calls it drops the attention's probabilities.
         observer (Callable, optional): Told during a dry run of a :class:`Producer` and of the
             bytes that it could save.
     """
-    __slots__ = ('name', 'recomputes', 'rounds', 'pair', 'sdpa', 'drops_weights', 'observer')
+    __slots__ = ('name', 'recomputes', 'rounds', 'sdpa', 'drops_weights', 'observer')
 
     def __init__(self, name: str = '') -> None:
         self.name = name
         self.recomputes = self.rounds = self.sdpa = self.drops_weights = False
-        self.pair = self.observer = None
+        self.observer = None
 
 
 def is_recorded() -> bool:
     """Whether ``torch.compile`` or a tracer records the operators instead of running them."""
     return _is_compiling() or torch.jit.is_tracing()
-
-
-class _Calls(threading.local):
-    """What runs on this thread."""
-    networks = 0
-
-
-_calls = _Calls()
-
-
-def run_folded(network: Callable, *args, **kwargs):
-    """Runs a network with its norms folded into its convolutions, where they can be.
-
-    Args:
-        network (Callable): The network.
-        *args, **kwargs: Handed on to it.
-
-    Returns:
-        What the network returns.
-    """
-    if is_recorded():
-        return network(*args, **kwargs)
-    _calls.networks += 1
-    try:
-        return network(*args, **kwargs)
-    finally:
-        _calls.networks -= 1
-
-
-def is_running() -> bool:
-    """Whether :func:`run_folded` is at work on this thread, or autograd, which computes parts of a
-    network again for activation checkpointing. Elsewhere somebody calls a layer by itself."""
-    if _calls.networks:
-        return True
-    # Private; without it, parts that are computed again run unfolded, to the same result.
-    task = getattr(torch._C, '_current_graph_task_id', None)
-    return task is not None and task() != -1
 
 
 def builds_graph(*tensors: Tensor | None) -> bool:
@@ -208,7 +170,7 @@ class Producer:
     """Notes on a tensor which frozen linear layer made it, and from what.
 
     An activation that needs its input in the backward pass may then keep the layer's smaller input
-    and apply the layer once more. Layers in a row are one producer.
+    and apply the layer once more. Layers in a row are one producer, a norm behind them included.
 
     Args:
         x (Tensor): Input of the layer, in the autograd graph.
@@ -235,11 +197,26 @@ class Producer:
 
     @classmethod
     def of(cls, result: Tensor) -> Producer | None:
-        """The producer of a tensor; None where it has none or was changed in place since."""
+        """The producer of a tensor; None where it has none or was changed in place since, and where
+        somebody waits for the tensor's gradient, which is not computed if its producer is used."""
         producer = getattr(result, '_lean_producer', None)
         if producer is None or producer._versions != (producer.x._version, result._version):
             return None
-        return producer
+        return None if result._backward_hooks or result.retains_grad else producer
+
+    def then(self, result: Tensor, compute: Callable[[Tensor], Tensor],
+             input_gradient: Callable[[Tensor], Tensor]) -> None:
+        """Notes on a tensor that it is what a norm makes of this one's result: the norm keeps the
+        size, so that keeping its own input would save nothing, and has no product of its own.
+
+        Args:
+            result (Tensor): The norm's output.
+            compute, input_gradient (Callable): As of the layer.
+        """
+        result._lean_producer = other = copy.copy(self)
+        other._computes = (*self._computes, compute)
+        other._gradients = (*self._gradients, input_gradient)
+        other._versions = self.x._version, result._version
 
     def tell(self, kept: Kept, result: Tensor) -> None:
         """Tells the owner's observer what keeping ``x`` instead of ``result`` saves."""

@@ -132,14 +132,8 @@ class Conv(LeanLayer):
     def forward(self, x: Tensor, output_size=None) -> Tensor:
         if self._trains():
             return self._stock(x, *(() if output_size is None else (output_size, )))
-        conv = self._settings(x, output_size)
-        pair = self.lean.pair
-        if pair is None or not pair.is_active():
-            return functional.convolution(x, self.weight, self.bias, conv, owner=self._owner())
-        y = functional.convolution(
-            x, self.weight, self.bias, conv, *pair.affine(), owner=self._owner())
-        pair.mark(y)
-        return y
+        return functional.convolution(
+            x, self.weight, self.bias, self._settings(x, output_size), self._owner())
 
 
 class ConvTranspose(Conv):
@@ -174,14 +168,6 @@ class BatchNorm(LeanLayer):
             raise FrozenLayerError(
                 f'{self.lean.name}: a lean {self.stock_class.__name__} is frozen, its statistics '
                 'too, but is in training mode; call eval() on it, or set lean=False')
-        pair = self.lean.pair
-        if pair is not None and getattr(x, '_lean_normed_by', None) is pair:
-            del x._lean_normed_by
-            return x
-        if pair is not None and pair.is_active():
-            raise FrozenLayerError(
-                f'{self.lean.name}: expected the output of {pair.conv.lean.name} as it is, '
-                'got another tensor; set lean=dict(fold=False)')
         if self._trains():
             return self._stock(x)
         self._check_input_dim(x)

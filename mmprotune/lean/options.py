@@ -12,9 +12,9 @@ class LeanOptions:
     """What ``lean=dict(…)`` may hold.
 
     Attributes:
-        fold (bool): Whether outputs may move by rounding: a frozen BatchNorm becomes part of the
-            convolution before it, where it alone reads the convolution's output; on a CPU linear
-            layers go to oneDNN. Undone where a dry run shows other outputs. Defaults to True.
+        rounds (bool): Whether outputs may move by rounding: on a CPU linear layers go to oneDNN.
+            Undone where a dry run shows other outputs. Configs may call it by its former name,
+            ``fold``. Defaults to True.
         recompute (float): Work that the backward pass may do twice, as a share of the frozen
             network's multiplications in a training step. It goes where a multiplication saves most
             bytes: hidden layers of MLPs, queries, keys and values. 0 means nothing, True anything.
@@ -28,7 +28,7 @@ class LeanOptions:
             feature without it; False everything. Blocks without a bottleneck keep everything.
             Defaults to 'output'.
     """
-    fold: bool = True
+    rounds: bool = True
     recompute: float = 0.08
     attention: str | bool = 'exact'
     prompts: str | bool = 'output'
@@ -53,13 +53,18 @@ class LeanOptions:
             return cls() if value else None
         if not isinstance(value, Mapping):
             raise TypeError(f'{key} must be True, False or a dict, got {value!r}')
+        value = dict(value)
+        rounds = 'fold' if 'fold' in value else 'rounds'
+        if rounds == 'fold' and value.setdefault('rounds', value['fold']) != value.pop('fold'):
+            raise ValueError(f'{key}.fold is the former name of {key}.rounds, but they differ: '
+                             f'remove {key}.fold')
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(value) - set(known))
         if unknown:
             raise ValueError(f'{key} has no option {unknown[0]!r}: expected {", ".join(known)}')
         options = cls(**value)
-        if not isinstance(options.fold, bool):
-            raise TypeError(f'{key}.fold must be True or False, got {options.fold!r}')
+        if not isinstance(options.rounds, bool):
+            raise TypeError(f'{key}.{rounds} must be True or False, got {options.rounds!r}')
         if not isinstance(options.recompute, (bool, int, float)):
             raise TypeError(f'{key}.recompute must be a number, True or False, '
                             f'got {options.recompute!r}')
@@ -84,7 +89,6 @@ class LeanReport:
 
     Attributes:
         covered (dict[str, str]): The stock type of each lean module, by dotted name.
-        folded (list[tuple[str, str]]): Names of convolutions and of the norms that went into them.
         recomputed (list[str]): Names of the layers that the backward pass applies again.
         ordinary (dict[str, int]): Bytes kept by each module that is not lean, at the size of the
             dry run.
@@ -92,14 +96,13 @@ class LeanReport:
         remarks (list[str]): What did not go as it should.
     """
     covered: dict[str, str] = field(default_factory=dict)
-    folded: list[tuple[str, str]] = field(default_factory=list)
     recomputed: list[str] = field(default_factory=list)
     ordinary: dict[str, int] = field(default_factory=dict)
     kept: int = 0
     remarks: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = [f'{len(self.covered)} layers are lean, {len(self.folded)} norms are folded, '
+        parts = [f'{len(self.covered)} layers are lean, '
                  f'{len(self.recomputed)} layers are computed again in the backward pass']
         if self.ordinary and self.kept:
             most = sorted(self.ordinary, key=self.ordinary.get, reverse=True)

@@ -41,7 +41,7 @@ class PromptState:
 
 
 @contextlib.contextmanager
-def observed(prompts: nn.Module, saves: str) -> Iterator[None]:
+def observed(prompts: nn.Module, saves: str) -> Iterator[dict]:
     """Sets what prompt blocks save, by a run of their network in a graph while this is open.
 
     'output' becomes 'bottleneck' for blocks whose prompt is not added, and for those whose prompted
@@ -50,13 +50,16 @@ def observed(prompts: nn.Module, saves: str) -> Iterator[None]:
     Args:
         prompts (nn.Module): Holds the blocks.
         saves (str): See ``prompts`` of :class:`~mmprotune.lean.options.LeanOptions`.
+
+    Yields:
+        dict: What the run showed; without it 'output' becomes 'bottleneck', too.
     """
     blocks = [block for block in prompts.modules() if _has_halves(block)]
     added: dict[nn.Module, list[tuple[Tensor, int]]] = {}
     for block in blocks:
         block.__dict__['lean'] = state = PromptState('bottleneck' if saves == 'output' else saves)
         state.observer = lambda y, block=block: added.setdefault(block, []).append((y, y._version))
-    yield
+    yield added
     for block in blocks:
         block.lean.observer = None
         sums = added.get(block)

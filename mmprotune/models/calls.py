@@ -8,9 +8,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
-
-from mmprotune.lean.graph import is_running
 
 from .layout import token_grid
 
@@ -86,13 +85,20 @@ def is_plain(owner: nn.Module) -> bool:
     call = current(owner)
     if call is not None:
         return call.plain
-    kinds = {c.plain for c in _in_graphs.get(owner, ())} if is_running() else set()
+    kinds = {c.plain for c in _in_graphs.get(owner, ())} if _is_backward() else set()
     if len(kinds) == 2:
         raise ValueError(
             f'{type(owner.backbone).__name__}: layers are run again for the backward pass while '
             'graphs with prompts and without are alive; switch activation checkpointing off '
             '(backbone.with_cp=False), or call backward before the next forward')
     return kinds == {True}
+
+
+def _is_backward() -> bool:
+    """Whether autograd runs a backward pass on this thread. Elsewhere somebody calls a layer by
+    itself."""
+    task = getattr(torch._C, '_current_graph_task_id', None)  # there is no public name
+    return task is not None and task() != -1
 
 
 def grid_of(owner: nn.Module, stage: Stage, x: Tensor) -> tuple[int, int]:

@@ -55,13 +55,9 @@ class Tap:
         stage (Stage): The stage.
     """
 
-    # A norm with this hook may still be computed as part of the convolution before it.
-    allows_folding = True
-
     def __init__(self, owner: nn.Module, stage: Stage) -> None:
         self.owner = owner
         self.stage = stage
-
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output):
         index = self.stage.index

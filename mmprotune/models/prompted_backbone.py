@@ -26,7 +26,7 @@ from mmprotune.freezing import (
 from mmprotune.freezing.fingerprint import identity
 from mmprotune.lean.convert import make_lean, restore, store_weights
 from mmprotune.lean.dry_run import tensors_in
-from mmprotune.lean.graph import is_recorded, run_folded
+from mmprotune.lean.graph import is_recorded
 from mmprotune.lean.options import LeanOptions, LeanReport
 from mmprotune.registry import MODELS
 
@@ -211,7 +211,7 @@ class PromptedBackbone(BaseModule):
         outer = calls.current(self) or calls.Call(None)
         call = calls.Call(tuple(x.shape[-2:]), calls.is_plain(self), outer.note)
         with calls.opened(self, call):
-            outputs = run_folded(self.backbone, x, *args, **kwargs)
+            outputs = self.backbone(x, *args, **kwargs)
         if not is_recorded():
             calls.keep_with_graph(self, call, tensors_in(outputs))
         return outputs

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmprotune.lean.dry_run import tensors_in
-from mmprotune.lean.graph import LeanState, run_folded
+from mmprotune.lean.graph import LeanState
 from mmprotune.lean.layers import LeanLayer
 
 # What of a module's ``__dict__`` does not say what it computes in eval mode, without a graph.
@@ -123,15 +123,7 @@ def _same_lean(a: nn.Module, b: nn.Module) -> bool:
     if not all(isinstance(state, LeanState) for state in states):
         return states[0] is states[1]
     x, y = states
-    if (x.rounds, x.sdpa, x.drops_weights) != (y.rounds, y.sdpa, y.drops_weights):
-        return False
-    # As they are run in the network, not from here.
-    folded = [state.pair is not None and run_folded(state.pair.is_active) for state in states]
-    if folded[0] != folded[1]:
-        return False
-    return not folded[0] or all(
-        getattr(p, 'eps', None) == getattr(q, 'eps', None) and _same_tensors(p, q)
-        for p, q in ((x.pair.conv, y.pair.conv), (x.pair.norm, y.pair.norm)))
+    return (x.rounds, x.sdpa, x.drops_weights) == (y.rounds, y.sdpa, y.drops_weights)
 
 
 def _same_value(a, b) -> bool:
@@ -173,8 +165,6 @@ class Shared:
     Attributes:
         copies (bool): Whether what follows changes the output in place, so that others need a copy.
     """
-    # The module returns what its own ``forward`` would: a norm is still folded into it.
-    keeps_result = True
 
     def __init__(self, module: nn.Module | None, path: str) -> None:
         self.module, self.path, self.copies = module, path, False
@@ -271,12 +261,7 @@ class _Visit:
         for record in self.session.records.get(shared.path, ()):
             if record.task in sources and record.suits(args, kwargs):
                 self.taken.append((record.task, shared.path))
-                output = record.take()
-                state = shared.module.__dict__.get('lean')
-                if isinstance(state, LeanState) and state.pair is not None and \
-                        state.pair.conv is shared.module and state.pair.is_active():
-                    state.pair.mark(output)
-                return output
+                return record.take()
         if shared.path not in self.kept:
             return forward(*args, **kwargs)
         record = _Record(self.name, shared, args, kwargs)

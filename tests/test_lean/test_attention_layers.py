@@ -40,7 +40,7 @@ def test_relative_positions_of_beit(library, options):
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.3).requires_grad_(False)
     stock = copy.deepcopy(layer)
-    report = make_lean(layer, dict(fold=False))
+    report = make_lean(layer, dict(rounds=False))
     assert report.covered[''] == 'BEiTAttention'
     args = () if shared is None else (shared, )
     x = torch.randn(2, 25, 12)
@@ -72,7 +72,7 @@ def test_cosines_of_swin_v2(qkv_bias, masked):
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.5).requires_grad_(False)
     stock = copy.deepcopy(layer)
-    assert make_lean(layer, dict(fold=False)).covered[''] == 'WindowMSAV2'
+    assert make_lean(layer, dict(rounds=False)).covered[''] == 'WindowMSAV2'
     mask = torch.where(torch.rand(2, 24, 24) < 0.3, -100., 0.).double() if masked else None
     x = torch.randn(4, 24, 12, dtype=torch.double)
     x[0, 0] = 0  # without a bias: a vector of length zero
@@ -95,7 +95,7 @@ def test_cosines_of_swin_v2(qkv_bias, masked):
 def test_rotary_tables_stay_those_of_their_size():
     from mmpretrain.models.utils.position_encoding import RotaryEmbeddingFast
     stock, layer = (RotaryEmbeddingFast(8, 4) for _ in range(2))
-    assert make_lean(layer, dict(fold=False)).covered[''] == 'RotaryEmbeddingFast'
+    assert make_lean(layer, dict(rounds=False)).covered[''] == 'RotaryEmbeddingFast'
     before = {n: b.clone() for n, b in layer.named_buffers()}
     for size in ((4, 4), (3, 5), 2, (4, 4)):
         h, w = size if isinstance(size, tuple) else (size, size)

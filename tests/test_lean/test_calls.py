@@ -11,9 +11,8 @@ from mmengine.runner.activation_checkpointing import turn_on_activation_checkpoi
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmprotune.lean import functional, make_lean, restore, unfold
+from mmprotune.lean import make_lean, restore
 from mmprotune.lean.dry_run import tensors_in
-from mmprotune.lean.graph import is_running, run_folded
 from mmprotune.lean.memory import KeptBytes
 from tests.conftest import RESNET18, build
 from tests.test_lean.networks import (
@@ -40,7 +39,7 @@ def frozen(cfg):
 def input_gradient(net, x):
     """Outputs of a network, and the gradient of its images."""
     x = x.clone().requires_grad_()
-    outputs = list(tensors_in(run_folded(net, x)))
+    outputs = list(tensors_in(net(x)))
     sum((o.sin() * (i + 1)).sum() for i, o in enumerate(outputs)).backward()
     return [*(o.detach() for o in outputs), x.grad]
 
@@ -186,7 +185,7 @@ def test_bytes_are_counted_for_one_thread():
 @pytest.mark.parametrize('reentrant', [True, False])
 @pytest.mark.parametrize('name', ['resnet', 'swin', 'vit', 'convnext', 'cspnext'])
 def test_a_network_that_is_run_again_in_the_backward_pass(name, reentrant):
-    """With folded norms and everything recomputed; several passes before one backward."""
+    """With everything recomputed; several passes before one backward."""
     net = frozen(SMALL[name]).double()
     naive = copy.deepcopy(net)
     restore(naive)
@@ -194,9 +193,8 @@ def test_a_network_that_is_run_again_in_the_backward_pass(name, reentrant):
     for m in (net, naive):
         a, b = (images(1, 3, 96, 64, dtype=torch.float64, seed=s).requires_grad_() for s in (1, 2))
 
-
         def run(x, m=m):
-            return tuple(tensors_in(run_folded(m, x)))
+            return tuple(tensors_in(m(x)))
 
         outputs = [*checkpoint(run, a, use_reentrant=reentrant), *run(b),
                    *checkpoint(run, b, use_reentrant=reentrant)]
@@ -207,10 +205,9 @@ def test_a_network_that_is_run_again_in_the_backward_pass(name, reentrant):
 
 @pytest.mark.parametrize('part', ['layer2', 'layer3.0', 'layer3.0.conv1', 'layer3.0.bn1'])
 def test_checkpointing_that_is_turned_on_later(part):
-    """MMEngine's, of a stage, a block, and half of a folded pair."""
+    """MMEngine's, of a stage, a block, and a layer."""
     model = prompted().double()
     naive = ordinary(model)
-    assert ('layer3.0.conv1', 'layer3.0.bn1') in model.lean_report.folded
     turn_on_activation_checkpointing(model.backbone, part)
     x = images(1, 3, 64, 64, dtype=torch.float64)
     (outputs, gradients), (expected, exact) = step(model, x), step(naive, x)
@@ -226,81 +223,25 @@ def copies(model):
                 pickled=pickle.loads(pickle.dumps(model)))
 
 
-def test_a_folded_convolution_alone_returns_its_own_output():
+def test_layers_alone():
     model = prompted()
-    assert ('conv1', 'bn1') in model.lean_report.folded
     naive = ordinary(model)
     x = images(2, 3, 64, 64)
     for m in copies(model).values():
-        for run in (m, m.backbone):
-            run(x)
-            for grad in (True, False):
-                with torch.set_grad_enabled(grad):
-                    y = m.backbone.conv1(x.clone().requires_grad_(grad))
-                    assert torch.equal(y, naive.backbone.conv1(x))
-                    assert torch.equal(m.backbone.bn1(y), naive.backbone.bn1(y))
-                    z = m.backbone.layer1(m.backbone.bn1(y))
-                    # Its prompt may round, and nothing else.
-                    assert distance([z], [naive.backbone.layer1(naive.backbone.bn1(y))]) < 1e-6
+        m(x)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                y = m.backbone.conv1(x.clone().requires_grad_(grad))
+                assert torch.equal(y, naive.backbone.conv1(x))
+                assert torch.equal(m.backbone.bn1(y), naive.backbone.bn1(y))
     x.requires_grad_()
     y = model.backbone.bn1(model.backbone.conv1(x))
     exact = torch.autograd.grad(naive.backbone.bn1(naive.backbone.conv1(x)).sin().sum(), x)[0]
     torch.testing.assert_close(torch.autograd.grad(y.sin().sum(), x)[0], exact)
 
 
-@pytest.mark.parametrize('grad', [True, False])
-def test_norms_are_folded_while_the_network_runs(grad, monkeypatch):
-    model = prompted()
-    calls = []
-    monkeypatch.setattr(functional, 'batch_norm',
-                        lambda *args, real=functional.batch_norm: calls.append(1) or real(*args))
-    norms = len(model.lean_report.folded)
-    x = images(1, 3, 64, 64)
-    for m in copies(model).values():
-        with torch.set_grad_enabled(grad):
-            m(x)
-        assert norms == 20 and not calls
-    unfold(model)
-    model(x)
-    assert len(calls) == norms
-    restore(model)
-    model(x)
-    assert len(calls) == norms
-
-
-@pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt])
-def test_a_network_that_fails_runs_no_more(error):
-    model = prompted()
-    naive = ordinary(model)
-    x = images(1, 3, 64, 64)
-
-    def fail(module, args):
-        assert is_running()
-        raise error
-
-    handle = model.backbone.layer3.register_forward_pre_hook(fail)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            with pytest.raises(error):
-                model(x)
-            assert not is_running()
-            assert torch.equal(model.backbone.conv1(x), naive.backbone.conv1(x))
-    handle.remove()
-    assert distance(outputs_of(model, x), outputs_of(naive, x)) < 1e-5
-
-
-def test_a_layer_alone_while_the_network_runs_in_another_thread():
-    model = prompted()
-    naive = ordinary(model)
-    x, found = images(1, 3, 64, 64), []
-    model.backbone.layer3.register_forward_pre_hook(
-        lambda m, args: found.append(in_thread(lambda: model.backbone.conv1(x))))
-    model(x)
-    assert torch.equal(found[0], naive.backbone.conv1(x))
-
-
 def test_parts_that_are_called_alone_train_what_is_put_on_them():
-    """A folded network cut open by hand, as feature extractors do it."""
+    """A network cut open by hand, as feature extractors do it."""
     model = prompted(RESNET18)
     naive = ordinary(model)
     x = images(1, 3, 64, 64)

@@ -59,8 +59,7 @@ def test_without_its_operators_everything_is_pytorchs(missing, threads, monkeypa
     torch.set_num_threads(threads)
     try:
         for image, ours, theirs in (
-            (x, lambda x: lean.convolution(x, matrix[..., None, None], None, settings(), ones,
-                                           ones),
+            (x, lambda x: lean.convolution(x, matrix[..., None, None], ones, settings()),
              lambda x: F.conv2d(x, matrix[..., None, None], ones)),
             (tokens, lambda x: lean.linear(x, matrix, ones, fast=True),
              lambda x: F.linear(x, matrix, ones))):

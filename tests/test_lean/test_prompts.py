@@ -87,7 +87,7 @@ def test_same_gradients(layout, prompt):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast(dtype, prompt):
     """Under autocast the rounding of the sum is one more of its many."""
-    model = prompted(LAYOUTS['nchw'], prompt=prompt, lean=dict(fold=False))
+    model = prompted(LAYOUTS['nchw'], prompt=prompt, lean=dict(rounds=False))
     naive = ordinary(model)
     x = images()
     exact = gradients(naive, x)[1]
@@ -118,7 +118,7 @@ def test_what_reads_the_feature_keeps_it_too():
 
 def test_hooks_see_the_prompt():
     """As on an ordinary block; and what the norms note is the same."""
-    model = prompted(lean=dict(fold=False))
+    model = prompted(lean=dict(rounds=False))
     block = model.prompts[model.stages[0].name]
     with model.record_norms() as norms:
         expected = model(images())
@@ -149,7 +149,7 @@ def test_blocks_that_train_in_part():
 
 
 def test_inference_is_the_same_in_its_own_memory():
-    model = prompted(lean=dict(fold=False))
+    model = prompted(lean=dict(rounds=False))
     naive = ordinary(model)
     x = images()
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_a_step_between_forward_and_backward_is_refused():
 
 # --- hooks, counters, other parameters, checkpointing ------------------------------------------
 
-FORMS = [dict(prompts=p, fold=False) for p in ('output', 'bottleneck', 'input', False)]
+FORMS = [dict(prompts=p, rounds=False) for p in ('output', 'bottleneck', 'input', False)]
 forms = pytest.mark.parametrize('lean', FORMS, ids=lambda lean: str(lean['prompts']))
 PRELU = dict(type='mmprotune.PromptBlock', act_cfg=dict(type='PReLU'), scale=0.5)
 

@@ -135,7 +135,7 @@ def test_norms_are_noted_by_the_thread_that_asked():
 @pytest.mark.parametrize('backbone', [RESNET18, VIT], ids=lambda cfg: cfg['type'])
 def test_without_prompts(backbone):
     """The stock backbone, for whoever calls: the wrapper, or the backbone past it."""
-    model = prompted(backbone, lean=dict(fold=False))
+    model = prompted(backbone, lean=dict(rounds=False))
     wake(model)
     stock, x = copy.deepcopy(model).unwrap(), torch.randn(1, 3, 64, 64)
     with torch.no_grad():

@@ -117,7 +117,7 @@ def test_branches_get_a_prompt_each_at_the_end_of_a_stage():
     if backbone is not HRNET or size[0] % 32 == 0  # HRNet itself takes multiples of 32 only
 ], ids=lambda value: value['type'] if isinstance(value, dict) else f'{value[0]}x{value[1]}')
 def test_sizes_change_from_batch_to_batch(backbone, size):
-    model = prompted(backbone, lean=dict(fold=False))
+    model = prompted(backbone, lean=dict(rounds=False))
     x = torch.randn(2, 3, *size)
     net = copy.deepcopy(model).unwrap()
     with torch.no_grad():

@@ -60,7 +60,7 @@ def test_last_stage_forms():
     for last_stage, prompts in (('residual', 4), ('serial', 4), ('none', 3)):
         model = build(
             dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, freeze='all',
-                 last_stage=last_stage, lean=dict(fold=False))).eval()
+                 last_stage=last_stage, lean=dict(rounds=False))).eval()
         assert len(model.prompts) == prompts
         x = torch.randn(1, 3, 64, 64)
         with torch.no_grad():
@@ -304,8 +304,11 @@ def test_data_parallel_is_refused(prompted_cfg):
     (dict(freeze='some'), ValueError, r"freeze must be one of \('pretrained', 'all'\), got 'some'"),
     (dict(last_stage='first'), ValueError, "last_stage must be one of .* got 'first'"),
     (dict(lean='yes'), TypeError, "lean must be True, False or a dict, got 'yes'"),
-    (dict(lean=dict(folds=True)), ValueError, "lean has no option 'folds': expected fold, rec"),
+    (dict(lean=dict(round=True)), ValueError, "lean has no option 'round': expected rounds, rec"),
+    (dict(lean=dict(rounds=1)), TypeError, 'lean.rounds must be True or False, got 1'),
     (dict(lean=dict(fold=1)), TypeError, 'lean.fold must be True or False, got 1'),
+    (dict(lean=dict(fold=True, rounds=False)), ValueError,
+     'lean.fold is the former name of lean.rounds, but they differ: remove lean.fold'),
     (dict(lean=dict(recompute=-1)), ValueError, 'lean.recompute must not be negative, got -1'),
     (dict(lean=dict(recompute='x')), TypeError, "lean.recompute must be a number, .* got 'x'"),
     (dict(lean=dict(attention=True)), ValueError, 'lean.attention must be one of .*, got True'),
@@ -364,8 +367,7 @@ def test_copies_keep_their_own_prompts(prompted_cfg, copies):
     wake(twin)
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        # Called alone, a backbone does not fold its norms.
-        torch.testing.assert_close(model(x)[0], plain(model)(x)[0])
+        assert torch.equal(model(x)[0], plain(model)(x)[0])
         assert not torch.equal(twin(x)[0], model(x)[0])
         twin.load_state_dict(model.state_dict())
         assert torch.equal(twin(x)[0], model(x)[0])

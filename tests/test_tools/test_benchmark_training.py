@@ -120,7 +120,7 @@ def test_an_ablation_takes_one_part_out_at_a_time(tmp_path, monkeypatch):
                     '--variants', 'lean', '--backbone-only', '--steps', '1', '--json',
                     str(tmp_path / 'out.json')])
     found = json.loads((tmp_path / 'out.json').read_text())['results'][0]['variants']
-    assert list(found) == ['lean', 'without folding', 'without product']
+    assert list(found) == ['lean', 'without product']
     assert all(f['step'] > 0 and f['inference'] > 0 for f in found.values())
     assert len({f['kept_total'] for f in found.values()}) == 1 and calls
     before = len(calls)

@@ -4,7 +4,7 @@ Each backbone is checked in a process of its own, in its smallest architecture, 
 and ``freeze='all'``: it builds, its stages are found, prompts at their start change nothing
 (bitwise), gradients reach exactly the prompts, one AdamW step moves prompts and nothing else
 (bitwise), a slim state dict restores the features, two image sizes run, and lean layers give the
-features (bitwise with fold=False) and gradients of ordinary ones while keeping less. With prompts
+features (bitwise with rounds=False) and gradients of ordinary ones while keeping less. With prompts
 at the other places (``insert``), where the backbone has them, it builds, starts as the frozen
 backbone, and gradients reach every prompt.
 """
@@ -316,7 +316,8 @@ def _check_places(name: str, library: str, kwargs: dict, size: tuple, result: di
 
 def _check_lean(model: nn.Module, image: Tensor, result: dict) -> None:
     """Compares the lean backbone with the ordinary one; the model is an ordinary one afterwards."""
-    from mmprotune.lean import restore, unfold
+    from mmprotune.lean import restore
+    from mmprotune.lean.layers import LeanLayer
 
     def step() -> tuple[list[Tensor], list[Tensor], int]:
         torch.manual_seed(0)
@@ -331,18 +332,20 @@ def _check_lean(model: nn.Module, image: Tensor, result: dict) -> None:
         return outputs, [p.grad for p in model.prompts.parameters()], count
 
     model.train()
-    folded, _, lean_bytes = step()
+    rounded, _, lean_bytes = step()
     with torch.no_grad():
         torch.manual_seed(0)
         inferred = _run(model, image)
-    unfold(model)
+    for layer in model.modules():
+        if isinstance(layer, LeanLayer):
+            layer.lean.rounds = False
     outputs, gradients, _ = step()
     restore(model)
     expected, exact, naive_bytes = step()
     result.update(lean_bytes=lean_bytes, naive_bytes=naive_bytes)
     _require(all(torch.equal(a, b) for a, b in zip(outputs, expected)),
              'lean layers change the features')
-    _require(_distance(folded, expected) < 1e-4, 'folded norms change the features')
+    _require(_distance(rounded, expected) < 1e-4, 'linear layers change the features')
     _require(_distance(inferred, expected) < 1e-4, 'features are others without a graph')
     distance = _distance(gradients, exact)
     _require(distance < 1e-5, f'gradients of lean layers are off by {distance:.1e}')
@@ -414,7 +417,7 @@ def markdown(results: Sequence[dict], command: str) -> str:
         'stages found; equal to the frozen backbone at the start, bitwise; gradients for exactly '
         'the prompts; one AdamW step moves prompts and nothing else, bitwise; a slim state dict '
         'restores the features; two image sizes (one where the backbone itself takes only one); '
-        'lean layers give the features (bitwise with `fold=False`, else and in inference within '
+        'lean layers give the features (bitwise with `rounds=False`, else and in inference within '
         '1e-4) and the gradients (1e-5) of ordinary ones. With `insert=` each of the other places: '
         'equal to the frozen backbone at the start, gradients for all prompts and nothing else.',
         '',

@@ -36,7 +36,6 @@ from mmprotune.engine import cli
 from mmprotune.engine.processes import prepare_processes
 from mmprotune.lean import onednn
 from mmprotune.lean.dry_run import tensors_in
-from mmprotune.lean.layers import LeanLayer
 from mmprotune.lean.memory import KeptBytes
 from mmprotune.testing.noise_batch import noise_item
 
@@ -44,7 +43,7 @@ VARIANTS = ('full', 'frozen', 'naive', 'lean')
 TITLES = dict(full='full fine-tuning', frozen='head only', naive='prompted, naive',
               lean='prompted, lean', lora='LoRA')
 # What --ablate takes out of the lean variant, one at a time.
-PARTS = ('folding', 'product')
+PARTS = ('product', )
 TITLES.update({f'without {part}': f'lean, without {part}' for part in PARTS})
 MIB = 2**20
 # Linear layers of attention, as the three libraries name them; where attention has none, the MLP's.
@@ -58,8 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--variants', nargs='+', choices=[*VARIANTS, 'lora'], default=VARIANTS,
                         help='lora: mmpretrain.LoRAModel around the backbone, as a peer')
     parser.add_argument('--ablate', action='store_true',
-                        help='also the lean variant without folding, and without oneDNN for '
-                        'linear layers (product)')
+                        help='also the lean variant without oneDNN for linear layers (product)')
     parser.add_argument('--backbone-only', action='store_true',
                         help='no neck and head; the loss is the mean of the features')
     parser.add_argument('--data', action='store_true',
@@ -191,10 +189,6 @@ class Variant:
             for parameter in block.parameters():
                 if not parameter.any():
                     nn.init.normal_(parameter, std=0.02)  # as after some training
-        if self._without == 'folding':
-            for layer in model.backbone.modules():
-                if isinstance(layer, LeanLayer):
-                    layer.lean.pair = None
         batch = draw_batch(cfg, args)
         if args.backbone_only:
             model.data_preprocessor.to(self.device)

@@ -51,32 +51,11 @@ class Convolution:
         self.pad = list(pad) if pad is not None and any(pad) else None
         self.pad_mode = pad_mode
 
-    def apply(self,
-                 x: Tensor,
-                 weight: Tensor,
-                 bias: Tensor | None = None,
-                 scale: Tensor | None = None,
-                 shift: Tensor | None = None) -> Tensor:
-        """Applies the convolution, and ``scale`` and ``shift`` to its output."""
-        into_weight = scale is not None and self._into_weight(x.shape, weight)
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Applies the convolution."""
         weight, bias = cast(weight, x), cast(bias, x)
-        if into_weight:
-            weight = weight * columns(scale, weight, 0)
-            bias = shift if bias is None else torch.addcmul(shift, bias, scale)
         if self.pad is not None:
             x = F.pad(x, self.pad, mode=self.pad_mode)
-        is_matrix = into_weight and self._is_matrix(x, weight, memory_format_of(x))
-        # Where convolutions are products of matrices, PyTorch spreads the bias over the output
-        # first, which takes as long as the norm would.
-        late = is_matrix and torch.get_num_threads() == 1
-        y = self._convolve(x, weight, None if late else bias)
-        if late:
-            y.add_(columns(bias, y))
-        if scale is not None and not into_weight:
-            y.mul_(columns(scale, y)).add_(columns(shift, y))
-        return y
-
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # By the functions that autocast knows, on every device.
         plain, transposed = _CONVOLUTIONS[len(self.stride)]
         if self.transposed:
@@ -87,20 +66,15 @@ class Convolution:
     def input_gradient(self,
                        grad: Tensor,
                        weight: Tensor,
-                       scale: Tensor | None,
                        shape: Sequence[int],
                        memory_format: torch.memory_format) -> Tensor:
         """The gradient of an input of the given shape and memory format."""
-        if scale is not None and self._into_weight(shape, weight):
-            weight = weight * columns(scale, weight, 0)
-        elif scale is not None:
-            grad = grad * columns(scale, grad).to(grad.dtype)
         points = self._subsampled(weight, shape)
         if points is not None:
             gradient = grad.new_zeros(shape).contiguous(memory_format=memory_format)
             target = gradient[points]
-            target.copy_(self._pointwise().input_gradient(grad, weight, None, target.shape,
-                                                          memory_format))
+            target.copy_(self._pointwise().input_gradient(
+                grad, weight, target.shape, memory_format))
             return gradient
         # On one thread PyTorch would take a detour through patches.
         if (self._is_matrix(grad, weight, memory_format) and torch.get_num_threads() == 1
@@ -142,17 +116,6 @@ class Convolution:
                 and math.prod(self.stride) == 1 and self.groups == 1 and x.numel() > 0
                 and x.is_contiguous(memory_format=memory_format))
 
-    def _into_weight(self, shape: Sequence[int], weight: Tensor) -> bool:
-        """Whether scaling the weight takes fewer multiplications than scaling the output."""
-        return not self.transposed and (
-            weight.numel() * shape[1] * math.prod(self.stride)
-            <= math.prod(shape) * weight.size(0))
-
-
-def columns(vector: Tensor, like: Tensor, dim: int = 1) -> Tensor:
-    """A vector of one number a channel, shaped to run along dimension ``dim`` of ``like``."""
-    return vector.view([-1 if i == dim else 1 for i in range(like.dim())])
-
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
     for dim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
@@ -165,57 +128,53 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 class _Convolve(Function):
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, shift, conv):
-        ctx.save_for_backward(weight, scale)
+    def forward(ctx, x, weight, bias, conv):
+        ctx.save_for_backward(weight)
         ctx.conv, ctx.dtype = conv, x.dtype
         ctx.shape, ctx.memory_format = x.shape, memory_format_of(x)
-        return conv.apply(x, weight, bias, scale, shift)
+        return conv.apply(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weight, scale = ctx.saved_tensors
+        weight, = ctx.saved_tensors
         with without_autocast(grad):
-            grad = ctx.conv.input_gradient(grad, weight, scale, ctx.shape, ctx.memory_format)
-        return grad.to(ctx.dtype), None, None, None, None, None
+            grad = ctx.conv.input_gradient(grad, weight, ctx.shape, ctx.memory_format)
+        return grad.to(ctx.dtype), None, None, None
 
 
 def convolution(x: Tensor,
                 weight: Tensor,
                 bias: Tensor | None,
                 conv: Convolution,
-                scale: Tensor | None = None,
-                shift: Tensor | None = None,
                 owner: LeanState | None = None) -> Tensor:
-    r"""A convolution with a frozen weight, and with a frozen affine norm after it.
+    r"""A convolution with a frozen weight.
 
-    Keeps nothing; with a norm, its scale (one number a channel).
+    Keeps nothing.
 
     Args:
         x (Tensor): Input of shape (N, C, \*) or (C, \*).
         weight (Tensor): Weight.
         bias (Tensor, optional): Bias.
         conv (Convolution): Settings.
-        scale, shift (Tensor, optional): Of shape (output channels, ): the output is multiplied by
-            the one, then the other is added. Default to None.
         owner (LeanState, optional): The layer's: with it, an activation that follows may keep ``x``
             and convolve again. Defaults to None.
 
     Returns:
         Tensor: The output.
     """
-    check_frozen(weight, bias, scale, shift)
+    check_frozen(weight, bias)
     if x.dim() == weight.dim() - 1:
-        return convolution(x.unsqueeze(0), weight, bias, conv, scale, shift, owner).squeeze(0)
+        return convolution(x.unsqueeze(0), weight, bias, conv, owner).squeeze(0)
     if not builds_graph(x):
-        return conv.apply(x, weight, bias, scale, shift)
-    y = _Convolve.apply(x, weight, bias, scale, shift, conv)
+        return conv.apply(x, weight, bias)
+    y = _Convolve.apply(x, weight, bias, conv)
     y._lean_fresh = True
     if owner is not None:
         shape, memory_format = x.shape, memory_format_of(x)
         Producer(
-            x, y, lambda x: conv.apply(x, weight, bias, scale, shift),
-            lambda grad: conv.input_gradient(grad, weight, scale, shape, memory_format),
+            x, y, lambda x: conv.apply(x, weight, bias),
+            lambda grad: conv.input_gradient(grad, weight, shape, memory_format),
             flops=(x if conv.transposed else y).numel() * weight.numel() // weight.size(0),
             owner=owner)
     return y

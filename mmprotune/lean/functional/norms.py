@@ -10,9 +10,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..graph import Kept, Origin, builds_graph, check_frozen
+from ..graph import Kept, Origin, Producer, builds_graph, check_frozen
 from ..precision import Precision, without_autocast
-from .convolution import columns, memory_format_of
+from .convolution import memory_format_of
 
 aten = torch.ops.aten
 
@@ -28,11 +28,15 @@ class _BatchNorm(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        var, weight = ctx.saved_tensors
-        scale = torch.rsqrt(var + ctx.eps)
-        if weight is not None:
-            scale = scale * weight
-        return grad * columns(scale, grad).to(grad.dtype), None, None, None, None, None
+        return _scaled(grad, *ctx.saved_tensors, ctx.eps), None, None, None, None, None
+
+
+def _scaled(grad: Tensor, var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The gradient of a BatchNorm's input, from that of its output."""
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    return grad * scale.view(-1, *[1] * (grad.dim() - 2)).to(grad.dtype)
 
 
 def batch_norm(x: Tensor,
@@ -41,7 +45,10 @@ def batch_norm(x: Tensor,
                weight: Tensor | None = None,
                bias: Tensor | None = None,
                eps: float = 1e-5) -> Tensor:
-    r"""``F.batch_norm`` with frozen statistics and parameters. Keeps nothing.
+    r"""``F.batch_norm`` with frozen statistics and parameters.
+
+    Keeps nothing. Where the frozen layers before it have an owner (see :func:`convolution`), an
+    activation that follows may keep their input, and apply them and this norm once more.
 
     Args:
         x (Tensor): Input of shape (N, C, \*).
@@ -52,7 +59,12 @@ def batch_norm(x: Tensor,
     check_frozen(weight, bias)
     if not builds_graph(x):
         return F.batch_norm(x, mean, var, weight, bias, False, 0., eps)
-    return _BatchNorm.apply(x, mean, var, weight, bias, eps)
+    y = _BatchNorm.apply(x, mean, var, weight, bias, eps)
+    producer = Producer.of(x)
+    if producer is not None:
+        producer.then(y, lambda x: F.batch_norm(x, mean, var, weight, bias, False, 0., eps),
+                      lambda grad: _scaled(grad, var, weight, eps))
+    return y
 
 
 class _LayerNorm(Function):

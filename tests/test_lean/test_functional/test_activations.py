@@ -96,19 +96,24 @@ def test_activations_that_keep_their_output(function, stock):
     assert kept(lambda x: function(x) * x, x) == 2 * x.nbytes
 
 
-@pytest.mark.parametrize('layer', ['linear', 'convolution', 'two layers'])
+@pytest.mark.parametrize('layer', ['linear', 'convolution', 'two layers', 'norms'])
 def test_an_activation_computes_the_layers_before_it_again(layer):
     """Only where that layer has an owner, and only what is smaller than its output."""
     weight, wide = draw(4, 3, 1, 1, seed=1), draw(4, 1, 3, 3, seed=2)
     matrix = draw(8, 3, seed=3)
+    statistics = draw(4, seed=4), draw(4, seed=5).abs() + 0.1, draw(4, seed=6), draw(4, seed=7)
 
     def function(x, owner):
         if layer == 'linear':
             return lean.activation(lean.linear(x, matrix, None, owner), activations.GELU)
         hidden = lean.convolution(x, weight, None, settings(), owner=owner)
-        if layer == 'two layers':
+        if layer == 'norms':
+            hidden = lean.batch_norm(hidden, *statistics)
+        if layer in ('two layers', 'norms'):
             hidden = lean.convolution(hidden, wide, None, settings(padding=1, groups=4),
                                       owner=owner)
+        if layer == 'norms':
+            hidden = lean.batch_norm(hidden, *statistics)
         return lean.activation(hidden, activations.GELU)
 
     x = draw(2, 6, 3) if layer == 'linear' else draw(2, 3, 5, 6)

@@ -33,47 +33,38 @@ TRANSPOSED = {
 
 
 @pytest.mark.parametrize('threads', [1, 2])
-@pytest.mark.parametrize('norm', [False, True])
 @pytest.mark.parametrize('name', CONVOLUTIONS)
-def test_convolution(name, norm, threads):
+def test_convolution(name, threads):
     dims, (cin, cout, *kernel), kwargs = CONVOLUTIONS[name]
     conv = settings(dims, **kwargs)
     weight, bias = draw(cout, cin // conv.groups, *kernel, seed=1), draw(cout, seed=2)
-    affine = (draw(cout, seed=3), draw(cout, seed=4)) if norm else (None, None)
     x = draw(2, cin, *(7, 8, 6)[:dims]).requires_grad_()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         assert torch.autograd.gradcheck(
-            lambda x: lean.convolution(x, weight, bias, conv, *affine), x, fast_mode=threads > 1)
+            lambda x: lean.convolution(x, weight, bias, conv), x, fast_mode=threads > 1)
         padded = x if conv.pad is None else F.pad(x, conv.pad, mode=conv.pad_mode)
         stock = (None, F.conv1d, F.conv2d, F.conv3d)[dims](
             padded, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-        if norm:
-            shape = (1, cout, *[1] * dims)
-            stock = stock * affine[0].view(shape) + affine[1].view(shape)
-        torch.testing.assert_close(lean.convolution(x, weight, bias, conv, *affine), stock)
+        assert torch.equal(lean.convolution(x, weight, bias, conv), stock)
     finally:
         torch.set_num_threads(before)
-    # The weight exists anyway; a norm's scale is one number a channel.
-    assert kept(lambda x: lean.convolution(x, weight, bias, conv, *affine), x) == (
-        weight.nbytes + (cout * 8 if norm else 0))
+    # The weight exists anyway.
+    assert kept(lambda x: lean.convolution(x, weight, bias, conv), x) == weight.nbytes
 
 
-@pytest.mark.parametrize('norm', [False, True])
 @pytest.mark.parametrize('name', TRANSPOSED)
-def test_transposed_convolution(name, norm):
+def test_transposed_convolution(name):
     dims, (cin, cout, *kernel), kwargs = TRANSPOSED[name]
     conv = settings(dims, transposed=True, **kwargs)
     weight, bias = draw(cin, cout // conv.groups, *kernel, seed=1), draw(cout, seed=2)
-    affine = (draw(cout, seed=3), draw(cout, seed=4)) if norm else (None, None)
     x = draw(2, cin, *(3, 4, 2)[:dims]).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: lean.convolution(x, weight, bias, conv, *affine), x)
-    if not norm:
-        stock = (None, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims](
-            x, weight, bias, conv.stride, conv.padding, conv.output_padding, conv.groups,
-            conv.dilation)
-        assert torch.equal(lean.convolution(x, weight, bias, conv), stock)
+    assert torch.autograd.gradcheck(lambda x: lean.convolution(x, weight, bias, conv), x)
+    stock = (None, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims](
+        x, weight, bias, conv.stride, conv.padding, conv.output_padding, conv.groups,
+        conv.dilation)
+    assert torch.equal(lean.convolution(x, weight, bias, conv), stock)
 
 
 def test_convolution_without_a_batch():
