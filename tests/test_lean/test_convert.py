@@ -9,9 +9,11 @@ import torch
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
 
+from mmprotune import PromptBlock
 from mmprotune.lean import make_lean
 from mmprotune.lean.dry_run import tensors_in
 from mmprotune.lean.layers import LeanLayer, Linear
+from mmprotune.lean.prompts import add_prompt
 from tests.conftest import autocast
 from tests.test_lean.networks import (
     SMALL,
@@ -264,7 +266,7 @@ class Chooses(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.linear = nn.Conv2d(3, 64, 4, 4), nn.Linear(64, 64)
+        self.conv, self.linear = nn.Conv2d(3, 512, 4, 4), nn.Linear(512, 64)
 
     def forward(self, x):
         return torch.frac(1e6 * self.linear(self.conv(x).flatten(2).transpose(1, 2)))
@@ -299,7 +301,7 @@ def test_runs_that_making_lean_takes(module, runs):
 
 
 def test_a_run_that_breaks_off_plans_nothing():
-    """Its layers are not counted twice, and what it saw of prompts is forgotten."""
+    """Its layers are not counted twice."""
 
     class Picky(nn.Module):
 
@@ -319,8 +321,32 @@ def test_a_run_that_breaks_off_plans_nothing():
         for p in net.parameters():
             p.requires_grad_(False)
         reports.append(make_lean(net, dict(recompute=True), shape=shape))
-    assert reports[0].recomputed == ['layers.1'] and not reports[0].remarks
+    assert reports[0].recomputed == ['layers.0', 'layers.1'] and not reports[0].remarks
     assert 0 < reports[0].kept == reports[1].kept / 2
+
+
+def test_a_run_that_breaks_off_shows_nothing_of_prompts():
+    """What comes behind a prompt might change its feature in place."""
+
+    class Breaks(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.prompt = nn.Conv2d(3, 8, 1), PromptBlock(channels=8)
+
+        def forward(self, x):
+            y = self.conv(x)
+            y = add_prompt(self.prompt, y, nn.Identity(), nn.Identity())
+            if self.breaks:
+                raise RuntimeError('behind the prompt')
+            return y
+
+    for breaks, saves in ((False, 'output'), (True, 'bottleneck')):
+        net = Breaks()
+        net.breaks = breaks
+        net.conv.requires_grad_(False)
+        make_lean(net.conv, root=net, prompts=net.prompt, shape=(3, 64, 96))
+        assert net.prompt.lean.saves == saves
 
 
 def test_a_network_that_runs_at_no_usual_size_is_lean_all_the_same(caplog):
