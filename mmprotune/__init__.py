@@ -10,6 +10,7 @@ check_environment()
 
 from . import checkpoint  # noqa: E402
 from .checkpoints.slim import prompt_parameters  # noqa: E402
+from .engine.adapter import load, pack, push  # noqa: E402
 from .engine.config import protune  # noqa: E402
 from .engine.hooks import (  # noqa: E402
     FreezeGuardHook,
@@ -43,5 +44,5 @@ __all__ = [
     'FrozenTensorsChanged', 'FrozenTrunk', 'LinearAdapterPrompt', 'MMProtuneError', 'MonaPrompt',
     'NonFiniteError', 'NonFiniteGuardHook', 'PromptBlock', 'PromptCheckpointHook', 'PromptMapHook',
     'PromptStatsHook', 'PromptedBackbone', 'RanksDisagree', '__version__', 'audit', 'checkpoint',
-    'prompt_parameters', 'protune'
+    'load', 'pack', 'prompt_parameters', 'protune', 'push'
 ]

@@ -1,20 +1,22 @@
-"""configs/linear_any_*.py: every backbone, data set and method that the environment can name."""
+"""Classifiers over configs/_base_/cls_*: every backbone with every data set, by each method."""
 from __future__ import annotations
 
 import copy
 import functools
 import inspect
-import os
 import pathlib
-from unittest import mock
+import re
+import tempfile
 
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS, OPTIM_WRAPPERS, init_default_scope
 from mmengine.runner import set_random_seed
 
+from mmprotune import checkpoint
 from mmprotune.config_nodes import without_pretrained
 from mmprotune.datasets import LongTailedDataset
 from mmprotune.engine import cli
@@ -24,6 +26,8 @@ from mmprotune.registry import DATASETS
 from mmprotune.testing.noise_batch import noise_item
 
 from .classification import classification_scope, draw_folder
+from .test_configs import make_small
+from .test_tools.conftest import load_tool
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 METHODS = ('full', 'protune', 'frozen')
@@ -41,15 +45,32 @@ SIZE = 64  # pixels
 
 
 @functools.cache
-def parsed(method: str, backbone: str, data: str, **env: str):
-    env = {f'MMPROTUNE_{key}': value for key, value in env.items()}
-    env.update(MMPROTUNE_BACKBONE=backbone, MMPROTUNE_DATA=data, MMPROTUNE_SIZE=str(SIZE))
-    with mock.patch.dict(os.environ, env):
-        return cli.load_config(str(CONFIGS / f'linear_any_{method}_any.py'))
+def parsed(method: str, backbone: str, data: str) -> Config:
+    """The shipped CIFAR-10 configs with another backbone and data set."""
+    text = (CONFIGS / 'resnet50_full_cifar10.py').read_text()
+    for old, new in (('cls_backbone_r50', f'cls_backbone_{backbone}'),
+                     ('cls_data_cifar10', f'cls_data_{data}')):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    if data not in DECODED:
+        text = text.replace(', to_rgb=False', '')
+    texts = {'full': text, **{method: (CONFIGS / f'resnet50_{method}_cifar10.py').read_text()
+                              for method in METHODS[1:]}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in texts.items():
+            (pathlib.Path(folder) / f'resnet50_{name}_cifar10.py').write_text(
+                content.replace('./_base_/', f'{CONFIGS}/_base_/'))
+        return cli.load_config(f'{folder}/resnet50_{method}_cifar10.py')
 
 
-def load(*args, **env):
-    return copy.deepcopy(parsed(*args, **env))
+# What MMPretrain's classes hand over as images already, in RGB.
+DECODED = ('cifar10', 'cifar100', 'cifar10_longtail')
+
+
+def load(*args) -> Config:
+    cfg = copy.deepcopy(parsed(*args))
+    make_small(cfg)
+    return cfg
 
 
 def build(cfg):
@@ -70,13 +91,19 @@ def test_what_was_promised():
     assert [name for name in (*BACKBONES, *DATA) if f'`{name}`' not in readme] == []
 
 
+def test_configs_say_everything_themselves():
+    """No environment variable changes what a config is."""
+    assert [path.name for path in CONFIGS.rglob('*.py') if '{{$' in path.read_text() or
+            "{{'$" in path.read_text() or 'environ' in path.read_text()] == []
+
+
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('data', DATA)
 def test_data(data, method):
     cfg = load(method, 'r50', data)
     dataset = cfg.train_dataloader.dataset
     tested = cfg.test_dataloader.dataset
-    if data == 'longtail':
+    if data == 'cifar10_longtail':
         assert dataset.type == 'mmprotune.LongTailedDataset'
         dataset = dataset.dataset
     assert cfg.model.head.num_classes == cfg.data_preprocessor.num_classes == cfg.num_classes
@@ -96,7 +123,6 @@ def test_data(data, method):
     assert reads == [not decoded, *[False] * (len(reads) - 1)]
     assert cfg.data_preprocessor.to_rgb == (not decoded)
     assert cfg.val_dataloader == cfg.test_dataloader
-    assert cfg.work_dir == f'work_dirs/linear_r50_{method}_{data}'
 
 
 @pytest.mark.parametrize('data', ['cifar10_folder', 'pets'])
@@ -107,20 +133,57 @@ def test_pipelines_give_square_images(data, tmp_path):
         folder = dict(type='CustomDataset', data_root=str(tmp_path / 'x'),
                       pipeline=loader.dataset.pipeline)
         with classification_scope():
-            assert DATASETS.build(folder)[0]['inputs'].shape == (3, SIZE, SIZE)
+            assert DATASETS.build(folder)[0]['inputs'].shape == (3, 224, 224)
 
 
-def test_a_folder_of_images_trains_as_it_is(tmp_path):
-    cfg = load('protune', 'r18', 'longtail', LONGTAIL='cifar10_folder', FACTOR='3')
-    draw_folder(tmp_path / 'train', (6, 6, 6, 6))
-    cfg.train_dataloader.dataset.dataset.data_root = str(tmp_path)
-    cfg.val_evaluator[1].train_dataset.dataset.data_root = str(tmp_path)
+def test_a_long_tail():
+    cfg = load('protune', 'r18', 'cifar10_longtail')
+    assert cfg.train_dataloader.dataset.factor == 100
+    assert cfg.val_evaluator[1].train_dataset == cfg.train_dataloader.dataset
+    assert cfg.test_dataloader.dataset.type == 'CIFAR10'
+    assert '_delete_' not in str(cfg.val_evaluator)
+
+
+# --- docs/own_classification.md -------------------------------------------------------------------
+
+
+def own(tmp_path, long_tailed: bool = False) -> str:
+    """The config of that page, for a folder of drawn images."""
+    text = (CONFIGS.parent / 'docs' / 'own_classification.md').read_text()
+    for part, counts in (('train', (6, 6, 6)), ('val', (2, 2, 2))):
+        draw_folder(tmp_path / 'mine' / part, counts)
+    code, tail = re.findall(r'^```python\n(.*?)^```$', text, re.DOTALL | re.MULTILINE)
+    for place, here in (('mmprotune::', f'{CONFIGS}/'), ('data/mine', str(tmp_path / 'mine')),
+                        ('cls_backbone_r50', 'cls_backbone_r18')):
+        assert place in code
+        code = code.replace(place, here)
+    config = tmp_path / 'my_flowers.py'
+    config.write_text(code + tail * long_tailed)
+    return str(config)
+
+
+def test_an_own_folder_trains_as_the_page_says(tmp_path):
+    config = own(tmp_path)
+    load_tool('train.py').main([
+        config, '--work-dir', str(tmp_path / 'run'), '--cfg-options', 'train_cfg.max_epochs=1',
+        'train_cfg.val_interval=1', 'model.backbone.freeze=all',
+        'model.backbone.backbone.init_cfg=None', 'param_scheduler=[]',
+        *(f'{part}_dataloader.num_workers=0' for part in ('train', 'val'))])
+    meta = checkpoint.read(tmp_path / 'run' / 'epoch_1.pth')['meta']
+    assert meta['dataset_meta']['classes'] == ('blue', 'green', 'red')
+    assert meta['mmprotune']['backbones'].keys() == {'backbone'}
+    cfg = cli.load_config(config)
+    assert cfg.model.head.num_classes == cfg.data_preprocessor.num_classes == 3
+    assert cfg.optim_wrapper.optimizer.lr == 1e-2 and cfg.auto_scale_lr.base_batch_size == 64
+
+
+def test_an_own_long_tail_as_the_page_says(tmp_path):
+    cfg = cli.load_config(own(tmp_path, long_tailed=True))
     with classification_scope():
         dataset = DATASETS.build(cfg.train_dataloader.dataset)
     assert isinstance(dataset, LongTailedDataset)
-    assert dataset.class_counts == [6, 4, 2, 2]
-    assert dataset[0]['inputs'].shape == (3, SIZE, SIZE)
-    assert '_delete_' not in str(cfg.val_evaluator)
+    assert dataset.class_counts == [6, 3, 2]
+    assert dataset[0]['inputs'].shape == (3, 224, 224)
 
 
 @pytest.mark.parametrize('backbone', [
@@ -162,8 +225,8 @@ def test_shifted_sets(data):
     shifts = load('full', 'r50', data).get('shifts') or {}
     if data == 'imagenet':
         assert set(shifts) == {'imagenet_v2', 'imagenet_a', 'imagenet_r', 'imagenet_sketch'}
-    assert len(shifts) == {'imagenet': 4, 'cifar10': 16, 'cifar10_folder': 16, 'longtail': 16}.get(
-        data, 0)
+    known = {'imagenet': 4, 'cifar10': 16, 'cifar10_folder': 16, 'cifar10_longtail': 16}
+    assert len(shifts) == known.get(data, 0)
     with classification_scope():
         for shift in shifts.values():
             cls = DATASETS.get(shift.dataset.type if '.' in shift.dataset.type
@@ -216,8 +279,11 @@ def test_vit_reads_patches():
 
 def test_vit_reads_the_class_token():
     """It gets no prompt itself, so the last stage has none: nothing would read it."""
-    cfg = load('protune', 'vit-t', 'dtd', VIT_READS='token')
-    assert cfg.model.backbone.last_stage == 'none'
+    cfg = load('protune', 'vit-t', 'dtd')
+    options = ('model.backbone.backbone.out_type=cls_token', 'model.backbone.last_stage=none')
+    readme = (CONFIGS / 'README.md').read_text()
+    assert all(option in readme for option in options)
+    cfg.merge_from_dict(dict(option.split('=') for option in options))
     model = build(cfg).eval()
     assert list(model.backbone.prompts) == ['stage1', 'stage2', 'stage3']
     assert min(gradients(model).values()) > 0
@@ -243,10 +309,3 @@ def test_the_class_token_itself_gets_no_prompt():
             prompted = model.backbone.apply_prompt(stage, x)
         assert torch.equal(prompted[:, 0], x[:, 0])
         assert torch.allclose(prompted[:, 1:], x[:, 1:] + 1, atol=1e-5)
-
-
-def test_an_unknown_name_says_which_file_is_missing():
-    with pytest.raises(FileNotFoundError, match='cls_backbone_resnext'):
-        parsed('full', 'resnext', 'dtd')
-    with pytest.raises(KeyError, match='pixels'):
-        parsed('full', 'vit-t', 'dtd', VIT_READS='pixels')

@@ -24,8 +24,9 @@ from mmprotune.testing.noise_batch import noise_item
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
+# A classifier has no head to name.
 NAME = re.compile(
-    r'(?P<model>\w+)_(?P<backbone>[a-z0-9-]+)_(?P<method>protune|frozen|full)_(?P<data>[a-z0-9]+)')
+    r'((?P<model>\w+)_)?(?P<backbone>[a-z0-9-]+)_(?P<method>protune|frozen|full)_(?P<data>[a-z0-9]+)')
 # The quickstart's own are no recipes to choose from.
 RECIPES = [path for path in CONFIGS if '_shapes' not in path.stem]
 SIZE = 64  # pixels
@@ -116,7 +117,7 @@ def test_methods_differ_in_the_backbone_only():
         for name, content in methods.items():
             backbone = content['model'].pop('backbone')
             content['model'].pop('pretrained', None)
-            if content.pop('work_dir', None):  # of classifiers; each has the rate of its own sweep
+            if 'ImageClassifier' in content['model']['type']:  # each has the rate of its own sweep
                 rate = content['optim_wrapper']['optimizer'].pop('lr')
                 assert rate == (1e-3 if name == 'full' else 1e-2)
             prompted = name != 'full'

@@ -38,12 +38,12 @@ RECIPES = {
     'upernet_beit-*': (3e-5, 1e-6, 0., FLAT),
     'upernet_convnext-*': (1e-4, 1e-6, 0., FLAT),
     '*_camvid': (5e-4, 1e-3, 0., ''),
-    'linear_any_*': (1e-2, 1e-2, 0., FLAT),
-    'linear_any_full_*': (1e-3, 1e-2, 0., FLAT),
+    '*_cifar10': (1e-2, 1e-2, 0., FLAT),
+    '*_full_cifar10': (1e-3, 1e-2, 0., FLAT),
     'linear_*_cifar10': (1e-3, 1e-2, 0., FLAT),
 }
 # Images that all processes together take in one step, where it is not 16.
-BATCHES = {'rtmdet_*': 256, '*_pennfudan': 4, '*_camvid': 4, '*_shapes': 8, 'linear_any_*': 64,
+BATCHES = {'rtmdet_*': 256, '*_pennfudan': 4, '*_camvid': 4, '*_shapes': 8, '*_cifar10': 64,
            'linear_*_cifar10': 32}
 EPOCH, SHORT = 50, 157  # iterations of an epoch; where there are few of them
 all_configs = pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""Looks into slim prompt checkpoints, makes them, and turns them into full ones."""
+"""Looks into slim prompt checkpoints, makes them, turns them into full ones, and shares them."""
 from __future__ import annotations
 
 import argparse
@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+import mmprotune
 from mmprotune import checkpoint
 from mmprotune.engine import cli
 from mmprotune.errors import LaunchError
@@ -16,7 +17,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest='verb', required=True)
     verb = {}
     for name, text in (('info', 'print what a checkpoint holds'),
-                       ('extract', 'make a slim checkpoint of a full one'),
+                       ('extract', 'make a slim checkpoint of a full one, or of a slim one with '
+                        'an optimizer in it'),
                        ('merge', 'make a full checkpoint of a slim one; without prompts in the '
                         "stock model's own keys"),
                        ('verify', 'check a checkpoint against the backbone, head and classes of a '
@@ -30,6 +32,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if name in ('extract', 'merge'):
             verb[name].add_argument('out', help='file to write')
             verb[name].add_argument('--force', action='store_true', help='replace OUT')
+    verb['extract'].add_argument(
+        '--prompts-only', action='store_true', help='leave necks and heads out as well')
+    text = 'make a folder to share: adapter.safetensors, config.py and a model card'
+    pack = verbs.add_parser('pack', help=text, description=text)
+    pack.add_argument('run', help='work directory (its newest checkpoint) or slim checkpoint')
+    pack.add_argument('out', help='folder to write')
+    pack.add_argument('--config', help='config; the one in the checkpoint by default')
+    pack.add_argument('--license', default='unknown', help="for the card: 'apache-2.0', …")
+    pack.add_argument('--name', help='title of the card; the name of the folder by default')
+    pack.add_argument('--force', action='store_true', help='replace what is there')
+    text = 'upload a packed folder to the Hugging Face Hub'
+    push = verbs.add_parser('push', help=text, description=text)
+    push.add_argument('folder', help='what `pack` wrote')
+    push.add_argument('repository', help='owner/name; made where there is none')
+    push.add_argument('--private', action='store_true', help='make it a private one')
     return parser.parse_args(argv)
 
 
@@ -68,15 +85,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = parse_args(argv)
     try:
+        if args.verb == 'push':
+            print(mmprotune.push(args.folder, args.repository, private=args.private))
+            return
         if args.verb == 'info':
             info = checkpoint.inspect(args.checkpoint)
+        elif args.verb == 'pack':
+            config = args.config and cli.load_config(args.config)
+            info = mmprotune.pack(args.run, args.out, config, license=args.license,
+                                  name=args.name, force=args.force)
         else:
             cfg = cli.read_config(args)
             if args.verb == 'verify':
                 info = checkpoint.verify(args.checkpoint, cfg)
+            elif args.verb == 'extract':
+                info = checkpoint.extract(args.checkpoint, cfg, args.out, force=args.force,
+                                          prompts_only=args.prompts_only)
             else:
-                write = checkpoint.extract if args.verb == 'extract' else checkpoint.merge
-                info = write(args.checkpoint, cfg, args.out, force=args.force)
+                info = checkpoint.merge(args.checkpoint, cfg, args.out, force=args.force)
     except OSError as error:  # a missing or unwritable file, an output that exists
         raise LaunchError(str(error)) from error
     if getattr(args, 'json', False):

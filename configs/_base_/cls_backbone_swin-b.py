@@ -6,7 +6,7 @@ model = dict(
         _delete_=True,
         type='SwinTransformer',
         arch='base',
-        img_size={{'$MMPROTUNE_SIZE:224'}},
+        img_size=224,
         # Below 224 pixels the last maps are smaller than a window.
         pad_small_map=True,
         init_cfg=dict(

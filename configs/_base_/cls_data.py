@@ -1,8 +1,6 @@
-# Pipelines and loaders that the cls_data_*.py share; each adds its dataset and three facts. Images
-# are square, MMPROTUNE_SIZE pixels wide (224 unless that environment variable is set).
-size = {{'$MMPROTUNE_SIZE:224'}}
-# What LoadImageFromFile returns is BGR.
-to_rgb = True
+# Pipelines and loaders that the cls_data_*.py share, each of which adds its data set, and that do for
+# a folder of photos as they are (docs/own_classification.md). Images are square.
+size = 224
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='RandomResizedCrop', scale=size, backend='pillow', interpolation='bicubic'),

@@ -1,9 +1,8 @@
-# CIFAR-10, enlarged to the size that the backbone was pre-trained at.
+# CIFAR-10, enlarged to the size that the backbone was pre-trained at. MMPretrain's class hands the
+# 32-pixel images over decoded, as RGB: who stands on this says data_preprocessor=dict(to_rgb=False).
 _base_ = './cls_data.py'
 
 num_classes = 10
-# MMPretrain's class hands the 32-pixel images over decoded, as RGB.
-to_rgb = False
 size = {{_base_.size}}
 train_pipeline = [
     dict(type='RandomCrop', crop_size=32, padding=4),

@@ -1,8 +1,6 @@
-# CIFAR-10 as image files, train/CLASS/*.jpg and test/CLASS/*.jpg: a copy, a part, or your own set
-# of small images with ten classes.
+# CIFAR-10 as image files, train/CLASS/*.jpg and test/CLASS/*.jpg: a copy, or a part.
 _base_ = './cls_data_cifar10.py'
 
-to_rgb = True
 load = dict(type='LoadImageFromFile')
 data = dict(type='CustomDataset', data_root='data/cifar10')
 train_dataloader = dict(

@@ -1,10 +1,10 @@
 # One schedule for prompted, head-only and full fine-tuning, so that they can be compared, at the rate of
-# full fine-tuning. linear_any_protune_any.py has that of the others; a backbone may want another one
+# full fine-tuning. The …_protune_….py have that of the others; a backbone may want another one
 # (--cfg-options optim_wrapper.optimizer.lr=…): docs/results/classification.md has a sweep.
 optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.))
-epochs = {{'$MMPROTUNE_EPOCHS:20'}}
+epochs = 20
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
     dict(type='CosineAnnealingLR', T_max=epochs, end=epochs, convert_to_iter_based=True)

@@ -79,14 +79,18 @@ def _in_order(names: list[str], most: int = 3) -> str:
 
 
 def extract(path: str | os.PathLike, cfg: Config | str | os.PathLike, out: str | os.PathLike,
-            force: bool = False) -> dict:
-    """Makes a slim checkpoint of a full one (prompted or stock).
+            force: bool = False, prompts_only: bool = False) -> dict:
+    """Makes a slim checkpoint of a full one (prompted or stock), or of a run's slim one.
+
+    The optimizer, and what else only resuming needs, is left out.
 
     Args:
-        path (str | os.PathLike): Full checkpoint.
+        path (str | os.PathLike): Checkpoint.
         cfg (Config | str | os.PathLike): Config of the prompted model, or its file.
         out (str | os.PathLike): Where to write.
         force (bool): Whether an existing ``out`` is replaced. Defaults to False.
+        prompts_only (bool): Whether necks and heads are left out as well: what stays is what
+            trained inside the prompted backbones. Defaults to False.
 
     Returns:
         dict: :func:`inspect` of the new file.
@@ -108,7 +112,11 @@ def extract(path: str | os.PathLike, cfg: Config | str | os.PathLike, out: str |
                 f'expected fingerprint {short(before[place])}, got '
                 f'{short(part.frozen_fingerprint)}; a slim file of it could not be used. '
                 f'With {key_of(place)}.frozen_from={os.path.abspath(path)} it can')
-    writing.write(_rewritten(checkpoint, model.state_dict(), describe_model(model), cfg), out)
+    state_dict = model.state_dict()
+    if prompts_only:
+        places = tuple(f'{place}.' if place else '' for place, _ in prompted_parts(model))
+        state_dict = {key: tensor for key, tensor in state_dict.items() if key.startswith(places)}
+    writing.write(_rewritten(checkpoint, state_dict, describe_model(model), cfg), out)
     return inspect(out)
 
 
@@ -162,7 +170,10 @@ def build_model(cfg: Config | str | os.PathLike) -> nn.Module:
     from mmengine.registry import MODELS, init_default_scope
     cfg = _config(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    node = cfg.model
+    if node.get('data_preprocessor') is None and cfg.get('data_preprocessor'):
+        node = {**node, 'data_preprocessor': cfg.data_preprocessor}  # as a Runner does
+    model = revert_sync_batchnorm(MODELS.build(node))
     if not prompted_parts(model):
         raise CheckpointError('the config holds no PromptedBackbone: expected '
                               "model.backbone.type='mmprotune.PromptedBackbone'")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import collections
 import io
+import json
 import os
 import pickle
 import re
@@ -12,9 +13,11 @@ import types
 import warnings
 import zipfile
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
+from mmengine.dist import barrier, get_rank
 from mmengine.logging import HistoryBuffer
 from torch import Tensor
 
@@ -142,7 +145,8 @@ def read(path: str | os.PathLike, map_location: Any = 'cpu') -> Any:
         map_location: As in :func:`torch.load`. Defaults to 'cpu'.
 
     Returns:
-        What the file holds: usually a dict.
+        What the file holds: usually a dict. Of a ``.safetensors`` file its tensors by name, or
+        those and their meta in a checkpoint's form, where :func:`to_safetensors` wrote it.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -220,19 +224,69 @@ def _broken(path: str, error: Exception) -> str:
             f'{type(error).__name__}: {first}')
 
 
-def _read_safetensors(path: str, map_location: Any) -> dict[str, Tensor]:
+def read_address(url: str, map_location: Any = 'cpu') -> Any:
+    """As :func:`read`, of an address; its file is kept where ``torch.hub`` keeps them.
+
+    MMEngine's loader, in whose place this one stands, would run what is in the file.
+
+    Args:
+        url (str): ``http://…`` or ``https://…``.
+        map_location: As in :func:`torch.load`. Defaults to 'cpu'.
+
+    Raises:
+        OSError: The download failed.
+        UnreadableCheckpoint: As :func:`read`.
+    """
+    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
+    path = os.path.join(folder, os.path.basename(urlparse(url).path))
+    for turn in (get_rank() == 0, get_rank() > 0):  # on another machine, it is not there yet
+        if turn and not os.path.exists(path):
+            os.makedirs(folder, exist_ok=True)
+            torch.hub.download_url_to_file(url, path, progress=False)
+        barrier()
+    return read(path, map_location)
+
+
+# --- safetensors ---------------------------------------------------------------------------------
+
+
+def to_safetensors(state_dict: dict[str, Tensor], meta: dict) -> bytes:
+    """A file of tensors, and of a meta that JSON can say; the way back is :func:`read`.
+
+    Args:
+        state_dict (dict[str, Tensor]): Plain tensors by name.
+        meta (dict): Plain types; it goes into the header, which holds text.
+
+    Raises:
+        UnreadableCheckpoint: safetensors is not installed.
+    """
+    save = _safetensors('writing safetensors').torch.save
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state_dict.items()}
+    return save(tensors, dict(format='pt', mmprotune=json.dumps(meta)))
+
+
+def _safetensors(what: str) -> Any:
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        import safetensors.torch
     except ImportError:
-        raise UnreadableCheckpoint(f'{path}: reading it needs `pip install safetensors`') from None
+        raise UnreadableCheckpoint(
+            f"{what} needs `pip install 'mmprotune[hub]'` (safetensors)") from None
+    return safetensors
+
+
+def _read_safetensors(path: str, map_location: Any) -> dict[str, Any]:
+    safetensors = _safetensors(f'{path}: reading it')
+    device = None if map_location is None or callable(map_location) else map_location
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        with safetensors.safe_open(path, framework='pt') as file:
+            text = (file.metadata() or {}).get('mmprotune')
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        meta = None if text is None else json.loads(text)
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UnreadableCheckpoint(_broken(path, error)) from error
-    if map_location is None or callable(map_location):
-        return tensors
-    return {k: v.to(map_location) for k, v in tensors.items()}
+    if device is not None:
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return tensors if meta is None else dict(meta=meta, state_dict=tensors)
 
 
 def state_dict_of(checkpoint: Any, path: str) -> dict[str, Tensor]:

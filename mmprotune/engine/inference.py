@@ -18,10 +18,9 @@ from mmengine.dataset import Compose, default_collate
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
+from mmprotune.checkpoints.untrusted import HOSTS
 from mmprotune.config_nodes import type_name
 from mmprotune.errors import DataError, TrunkError
-
-HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
 
 
 def check_image(image: object) -> str | np.ndarray:

@@ -19,6 +19,7 @@ from mmprotune.checkpoints.convert import build_model
 from mmprotune.checkpoints.loading import fill
 from mmprotune.checkpoints.reading import read, state_dict_of
 from mmprotune.checkpoints.slim import FINGERPRINT, hex_of, prompted_parts
+from mmprotune.checkpoints.untrusted import check_config
 from mmprotune.config_nodes import parse_config
 from mmprotune.engine import cli
 from mmprotune.engine.inference import HOSTS, Inference, check_image
@@ -160,8 +161,6 @@ class FrozenTrunk:
                              f'{cfg.get("default_scope")!r}')
         if not cfg.get('model'):
             raise TrunkError('the config has no model')
-        if cfg.model.get('data_preprocessor') is None and cfg.get('data_preprocessor'):
-            cfg.model.data_preprocessor = cfg.data_preprocessor
         model = None
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             # Weights that are stored in another precision are converted after they are loaded.
@@ -439,10 +438,12 @@ def _config(loaded: dict, path: str, config: Config | str | os.PathLike | None) 
         raise TrunkError(f'{path} holds no config (meta.cfg); name it: '
                          "add(name, checkpoint, config='….py')")
     try:
-        return parse_config(text)
+        cfg = parse_config(text)
+        check_config(cfg)
     except ValueError as error:
-        raise TrunkError(f'{path}: the config in it (meta.cfg) cannot be read, {error}; name one: '
+        raise TrunkError(f'{path}: the config in it (meta.cfg) cannot be used, {error}; name one: '
                          "add(name, checkpoint, config='….py')") from error
+    return cfg
 
 
 def _names(tasks, images: list | None, known: dict[str, _Task]) -> list[list[str]]:

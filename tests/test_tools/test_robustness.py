@@ -17,7 +17,7 @@ pytest.importorskip('imagecorruptions')
 tool = load_tool('test_robustness.py')
 
 CONFIG = """
-_base_ = '{configs}/linear_any_protune_any.py'
+_base_ = '{configs}/resnet50_protune_cifar10.py'
 model = dict(
     backbone=dict(freeze='all', backbone=dict(depth=18, base_channels=8, init_cfg=None)),
     head=dict(in_channels=64, num_classes=4))
