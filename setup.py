@@ -59,13 +59,32 @@ def link(source: Path, target: Path) -> bool:
     return True
 
 
+# The maintained forks of the OpenMMLab libraries have other names and the same files: asked for an
+# original, pip would write it over the fork. `MMPROTUNE_STACK=onedl pip install …` asks for these.
+ONEDL = {
+    'mmengine>=0.10.0,<1': 'onedl-mmengine>=0.10.12,<1',
+    'mmdet>=3.0.0,<4': 'onedl-mmdetection>=3.5.1,<4',
+    'mmsegmentation>=1.0.0,<2': 'onedl-mmsegmentation>=1.4.2,<2',
+    'mmpretrain>=1.0.0,<2': 'onedl-mmpretrain>=1.3.6,<2',
+}
+
+
+def of_stack(requirements: list) -> list:
+    """The requirements under the names of the stack that MMPROTUNE_STACK chooses."""
+    stack = os.environ.get('MMPROTUNE_STACK') or 'pinned'
+    if stack not in ('pinned', 'openmmlab', 'onedl'):
+        raise ValueError("MMPROTUNE_STACK: expected 'pinned', 'openmmlab' or 'onedl', "
+                         f'got {stack!r}')
+    return [ONEDL[name] if stack == 'onedl' and name in ONEDL else name for name in requirements]
+
+
 # mmcv is in no list: its source archive does not build in pip's isolated environment, and built
 # without ops it would be useless here. tools/install.sh builds it; the hosts check its version.
 HOSTS = {
-    'det': ['mmdet>=3.0.0,<4'],
+    'det': of_stack(['mmdet>=3.0.0,<4']),
     # mmsegmentation imports ftfy and regex without declaring them.
-    'seg': ['mmsegmentation>=1.0.0,<2', 'ftfy', 'regex'],
-    'cls': ['mmpretrain>=1.0.0,<2'],
+    'seg': of_stack(['mmsegmentation>=1.0.0,<2', 'ftfy', 'regex']),
+    'cls': of_stack(['mmpretrain>=1.0.0,<2']),
     # Corruptions and attacks on classifiers.
     'robust': ['imagecorruptions-imaug', 'foolbox', 'pyautoattack'],
     # Adapters to share: their files, and the Hugging Face Hub.
@@ -92,7 +111,7 @@ setup(
     keywords='prompt tuning, parameter-efficient fine-tuning, object detection, segmentation',
     packages=find_packages(include=['mmprotune', 'mmprotune.*']),
     python_requires='>=3.9,<3.14',  # MMEngine needs pkgutil.find_loader
-    install_requires=[
+    install_requires=of_stack([
         'mmengine>=0.10.0,<1',
         'numpy',
         'torch>=2.1.0',
@@ -100,7 +119,7 @@ setup(
         'torchvision',
         # MMEngine resolves `_base_ = 'mmdet::…'` through pkg_resources, which 81 dropped.
         'setuptools<81',
-    ],
+    ]),
     extras_require={
         **HOSTS,
         'tests': TESTS,

@@ -164,6 +164,30 @@ print(*(type(HOOKS.build(hook)).__name__ for hook in cfg.custom_hooks))
     assert printed.splitlines()[-1] == 'PromptCheckpointHook FreezeGuardHook PromptStatsHook'
 
 
+def test_configs_of_a_host_under_another_distribution_name(tmp_path):
+    """A fork has the module's name, not that of the distribution that MMEngine knows.
+
+    `mmaction`, of the distribution `mmaction2`, stands in for `mmseg`, which is installed here.
+    """
+    package = tmp_path / 'mmaction'
+    (package / '.mim' / 'configs' / 'folder').mkdir(parents=True)
+    (package / '__init__.py').touch()
+    (package / '.mim' / 'model-index.yml').write_text('Import: []')
+    (package / '.mim' / 'configs' / 'folder' / 'stock.py').write_text('found = True')
+    config = tmp_path / 'config.py'
+    config.write_text("_base_ = 'mmaction::folder/stock.py'")
+    script = f"""
+import sys
+sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]
+from mmengine.config import Config
+from mmprotune.engine import cli
+assert Config.fromfile({str(config)!r}).found
+print(cli.load_config('mmaction::folder/stock').found)
+"""
+    printed = run(sys.executable, '-W', 'ignore', '-c', script, cwd=tmp_path)
+    assert printed.splitlines()[-1] == 'True'
+
+
 def test_a_tree_without_its_configs_is_refused(tmp_path):
     tree = copy_tree(tmp_path / 'tree')
     shutil.rmtree(tree / 'configs')

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Makes the Python environment that everything here runs in, or checks the one there is.
 #
-#   bash tools/install.sh                        .venv in this checkout, with the pinned requirements
-#   MMPROTUNE_ENV=current bash tools/install.sh  the active Python as it is: checked, never changed
+#   bash tools/install.sh                            .venv in this checkout, with the pinned requirements
+#   MMPROTUNE_STACK=openmmlab bash tools/install.sh  .venv-openmmlab: torch 2.1, mmcv 2.1 and NumPy 1
+#   MMPROTUNE_STACK=onedl bash tools/install.sh      .venv-onedl: the onedl-* forks of the libraries
+#   MMPROTUNE_ENV=current bash tools/install.sh      the active Python as it is: checked, never changed
 #
 # PYTHON=… picks the interpreter. tools/quickstart.sh and tools/run_tests.sh source this file and
 # call prepare_environment, which leaves the interpreter to run in $ENV_PYTHON.
@@ -10,10 +12,6 @@ set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=$ROOT/.venv
-LOG=$VENV/install.log
-STAMP=$VENV/mmprotune-installed
-WORK=$VENV/tmp
-SUITABLE='3.9 3.10 3.11 3.12 3.13' # MMEngine needs pkgutil.find_loader, which 3.14 dropped
 CANDIDATES='python3.11 python3.10 python3.12 python3.9 python3.13 python3' # 3.11 is tested most
 
 say() { printf 'install: %s\n' "$*" >&2; }
@@ -28,12 +26,16 @@ die() {
 prepare_environment() {
     case ${MMPROTUNE_ENV:-venv} in
         venv)
+            use_stack "${MMPROTUNE_STACK:-pinned}"
             ENV_PYTHON=$VENV/bin/python
             lock
             ensure_venv
             exec 9<&-
             ;;
         current)
+            [[ ${MMPROTUNE_STACK:-pinned} == pinned ]] ||
+                die "MMPROTUNE_STACK=$MMPROTUNE_STACK makes an environment and MMPROTUNE_ENV=current" \
+                    'uses the one there is: unset one of them'
             ENV_PYTHON=${PYTHON:-$(command -v python || command -v python3)} ||
                 die 'MMPROTUNE_ENV=current, but there is no active python: set PYTHON'
             check_current "$@"
@@ -43,6 +45,42 @@ prepare_environment() {
                 "or 'current' (the active Python as it is)"
             ;;
     esac
+}
+
+# use_stack NAME: which versions of the libraries, and where. They overwrite each other's files (the
+# forks have the import names of what they are forked from), so that each stack has its own folder:
+# beside .venv, or in $STACK_FOLDER if a script that sources this file sets that.
+use_stack() {
+    STACK=$1
+    MMCV=requirements/mmcv.txt
+    STANDARD=17 # of C++, which mmcv asks for
+    case $STACK in
+        pinned)
+            RUNTIME=requirements/runtime.txt
+            STANDARD=20                        # which PyTorch's headers want
+            SUITABLE='3.9 3.10 3.11 3.12 3.13' # MMEngine needs pkgutil.find_loader, which 3.14 dropped
+            ;;
+        openmmlab)
+            RUNTIME=requirements/stacks/openmmlab.txt
+            SUITABLE='3.9 3.10 3.11' # torch 2.1 has no others
+            ;;
+        onedl)
+            RUNTIME=requirements/stacks/onedl.txt
+            MMCV=requirements/stacks/onedl-mmcv.txt
+            SUITABLE='3.10 3.11 3.12'
+            ;;
+        *)
+            die "unknown MMPROTUNE_STACK '$STACK': expected 'pinned' (default), 'openmmlab' (torch 2.1," \
+                "NumPy 1) or 'onedl' (the onedl-* forks)"
+            ;;
+    esac
+    VENV=$ROOT/.venv
+    [[ $STACK == pinned ]] || VENV=${STACK_FOLDER:+$STACK_FOLDER/$STACK}
+    VENV=${VENV:-$ROOT/.venv-$STACK}
+    VENV_NAME=${VENV#"$ROOT"/}
+    LOG=$VENV/install.log
+    STAMP=$VENV/mmprotune-installed
+    WORK=$VENV/tmp
 }
 
 # Two installations in one checkout must not run at once; the lock is held on this very file.
@@ -96,7 +134,7 @@ for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
     return 1
 }
 
-# --- .venv --------------------------------------------------------------------------------------
+# --- the environment that is made ---------------------------------------------------------------
 
 ensure_venv() {
     local have want
@@ -106,7 +144,7 @@ ensure_venv() {
     fi
     [[ -f $VENV/pyvenv.cfg ]] || die "$VENV is there, but is no virtual environment: move it away"
     if ! have=$(python_version "$ENV_PYTHON"); then
-        say '.venv is broken (its Python does not run): making it anew'
+        say "$VENV_NAME is broken (its Python does not run): making it anew"
         rm -rf "$VENV"
         install_all
         return
@@ -115,23 +153,25 @@ ensure_venv() {
         want=$(pick_python)
         want=$(python_version "$want")
         [[ $have == "$want" ]] ||
-            die "PYTHON=$PYTHON is Python $want, but .venv has $have: remove .venv or unset PYTHON"
+            die "PYTHON=$PYTHON is Python $want, but $VENV_NAME has $have: remove $VENV_NAME or unset PYTHON"
     fi
-    is_suitable "$have" || die ".venv has Python $have: need one of $SUITABLE; remove .venv"
+    is_suitable "$have" || die "$VENV_NAME has Python $have: need one of $SUITABLE; remove $VENV_NAME"
     if [[ -f $STAMP && $(head -n 1 "$STAMP") == "$(wanted_state)" ]]; then
         if nms_runs; then
             say "ready: $ENV_PYTHON"
             return
         fi
-        say "mmcv.ops.nms does not run any more ($NMS_SAYS): repairing .venv"
+        say "mmcv.ops.nms does not run any more ($NMS_SAYS): repairing $VENV_NAME"
     fi
     install_all
 }
 
-# What .venv is made from: the pins, the packaging, its place and its Python.
+# What the environment is made from: the pins, the packaging, its place and its Python.
 wanted_state() {
     {
-        cat "$ROOT"/requirements/*.txt "$ROOT/setup.py" "$ROOT/pyproject.toml"
+        cat "$ROOT"/requirements/*.txt
+        [[ $STACK == pinned ]] || cat "$ROOT/$RUNTIME" "$ROOT/$MMCV"
+        cat "$ROOT/setup.py" "$ROOT/pyproject.toml"
         printf '%s\n' "$ROOT"
     } | "$ENV_PYTHON" -c '
 import hashlib, sys
@@ -169,10 +209,10 @@ install_all() (
         cached_wheel "$python" || need_compiler "$python"
     fi
     if [[ $python != "$ENV_PYTHON" ]]; then
-        say "making .venv with Python $(python_version "$python")"
+        say "making $VENV_NAME with Python $(python_version "$python")"
         "$python" -m venv "$VENV" >/dev/null 2>&1 || {
             rm -rf "$VENV"
-            die "$python cannot make .venv: its venv module is missing" \
+            die "$python cannot make $VENV_NAME: its venv module is missing" \
                 '(Debian, Ubuntu: apt install python3-venv) or the place is not writable'
         }
     fi
@@ -185,12 +225,12 @@ install_all() (
     trap 'rm -rf "$WORK"' EXIT
 
     say "installing the pinned requirements (details: $LOG)"
-    pip_run install -r requirements/runtime.txt -r requirements/tests.txt -r requirements/build.txt
+    pip_run install -r "$RUNTIME" -r requirements/tests.txt -r requirements/build.txt
     key=$(wheel_key)
     if [[ $built != "$key" ]] || ! nms_runs; then
         install_mmcv "$key"
     fi
-    pip_run install --no-deps --no-build-isolation -e .
+    MMPROTUNE_STACK=$STACK pip_run install --no-deps --no-build-isolation -e .
     "$ENV_PYTHON" -W ignore -c 'import mmprotune' >>"$LOG" 2>&1 ||
         die "mmprotune does not import: $(tail -n 1 "$LOG")"
     printf '%s\n' "$(wanted_state)" "$key" >"$STAMP.part"
@@ -199,18 +239,19 @@ install_all() (
 )
 
 need_disk() {
-    local need=3 free
+    local need=3 place=${VENV%/*} free
     # PyTorch for Linux x86_64 comes with CUDA's libraries: 3 GB to download, 6 GB unpacked.
     [[ $(uname -sm) != 'Linux x86_64' ]] || need=10
-    free=$(df -Pk "$ROOT" | awk 'NR == 2 { print int($4 / 1048576) }')
-    ((free >= need)) || die "the disk of $ROOT has $free GB free: the first installation needs $need GB"
+    free=$(df -Pk "$place" | awk 'NR == 2 { print int($4 / 1048576) }')
+    ((free >= need)) || die "the disk of $place has $free GB free: the first installation needs $need GB"
 }
 
 # need_compiler PYTHON
 need_compiler() {
-    local cxx=${CXX:-c++} headers
-    $cxx -std=c++20 -x c++ -fsyntax-only - <<<'#include <concepts>' >/dev/null 2>&1 ||
-        die "no C++20 compiler ('$cxx' cannot): mmcv's ops must be compiled;" \
+    local cxx=${CXX:-c++} header=optional headers
+    ((STANDARD == 17)) || header=concepts
+    $cxx "-std=c++$STANDARD" -x c++ -fsyntax-only - <<<"#include <$header>" >/dev/null 2>&1 ||
+        die "no C++$STANDARD compiler ('$cxx' cannot): mmcv's ops must be compiled;" \
             'install g++ 10 or newer (Debian, Ubuntu: apt install g++), or set CXX'
     headers=$("$1" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
     [[ -f $headers/Python.h ]] ||
@@ -218,7 +259,7 @@ need_compiler() {
             "(Debian, Ubuntu: apt install python$(python_version "$1")-dev)"
 }
 
-# pip_run ARGS...: pip in .venv, quiet but for a line now and then; a failure is told in one line.
+# pip_run ARGS...: pip in the environment, quiet but for a line now and then; a failure is told in one line.
 pip_run() {
     local rc=0
     cd "$ROOT"
@@ -292,13 +333,16 @@ cache_root() {
     (cd "$root" && pwd)
 }
 
-mmcv_version() { sed -nE 's/^mmcv==([^ ]+).*/\1/p' "$ROOT/requirements/mmcv.txt"; }
+mmcv_name() { sed -nE 's/^([^ =#]+)==.*/\1/p' "$ROOT/$MMCV"; } # of the distribution: mmcv, onedl-mmcv
+mmcv_version() { sed -nE 's/^[^ =#]+==([^ ]+).*/\1/p' "$ROOT/$MMCV"; }
+mmcv_file() { mmcv_name | tr - _; } # what the names of its archives begin with
 
 # cached_wheel PYTHON: true if some wheel for PYTHON and the pinned versions is there. Before torch
 # is installed the CUDA half of the key is unknown, so this only spares asking for a compiler early.
 cached_wheel() {
     local root=${XDG_CACHE_HOME:-${HOME:-}/.cache}/mmprotune
-    compgen -G "$root/python$(python_version "$1")-torch*-mmcv$(mmcv_version)-*/mmcv-*.whl" >/dev/null
+    compgen -G "$root/python$(python_version "$1")-torch*-$(mmcv_name)$(mmcv_version)-*/$(mmcv_file)-*.whl" \
+        >/dev/null
 }
 
 # Everything that the compiled ops depend on.
@@ -315,30 +359,32 @@ else:
     ops = "cpuops"
 print(sys.argv[1], "torch" + torch.__version__, sys.argv[2], "cuda" + str(torch.version.cuda), ops,
       platform.machine(), sep="-")
-' "python$(python_version "$ENV_PYTHON")" "mmcv$(mmcv_version)"
+' "python$(python_version "$ENV_PYTHON")" "$(mmcv_name)$(mmcv_version)"
 }
 
 # install_mmcv KEY: from the cache if it works, else built.
 install_mmcv() {
-    local folder
+    local folder name
     folder=$(cache_root)/$1
-    if compgen -G "$folder/mmcv-*.whl" >/dev/null; then
-        say "mmcv $(mmcv_version) with ops: from the cache ($folder)"
+    name=$(mmcv_file)
+    if compgen -G "$folder/$name-*.whl" >/dev/null; then
+        say "$(mmcv_name) $(mmcv_version) with ops: from the cache ($folder)"
         if "$ENV_PYTHON" -m pip install --disable-pip-version-check --no-deps --force-reinstall \
-            "$folder"/mmcv-*.whl >>"$LOG" 2>&1 && nms_runs; then
+            "$folder/$name"-*.whl >>"$LOG" 2>&1 && nms_runs; then
             return 0
         fi
         say 'the cached wheel does not work here: building it anew'
         rm -rf "$folder"
     fi
     build_mmcv "$1" "$folder"
-    pip_run install --no-deps --force-reinstall "$folder"/mmcv-*.whl
+    pip_run install --no-deps --force-reinstall "$folder/$name"-*.whl
     nms_runs || die "mmcv was built, but mmcv.ops.nms does not run: $NMS_SAYS"
 }
 
 # build_mmcv KEY FOLDER
 build_mmcv() {
-    local tree wheel cuda_home rc=0
+    local name tree wheel cuda_home rc=0
+    name=$(mmcv_file)
     need_compiler "$ENV_PYTHON"
     if [[ $1 == *-cudaops* ]]; then
         cuda_home=$("$ENV_PYTHON" -c 'from torch.utils.cpp_extension import CUDA_HOME; print(CUDA_HOME or "")')
@@ -347,13 +393,13 @@ build_mmcv() {
     else
         export CUDA_VISIBLE_DEVICES='' # so that what is built is what the key says
     fi
-    pip_run download --no-deps --no-binary mmcv --no-build-isolation \
-        --dest "$WORK" -r requirements/mmcv.txt
-    tar -xzf "$WORK"/mmcv-*.tar.gz -C "$WORK"
-    tree=$(compgen -G "$WORK/mmcv-*/")
-    raise_standard "$tree/setup.py"
+    pip_run download --no-deps --no-binary "$(mmcv_name)" --no-build-isolation \
+        --dest "$WORK" -r "$MMCV"
+    tar -xzf "$WORK/$name"-*.tar.gz -C "$WORK"
+    tree=$(compgen -G "$WORK/$name-*/")
+    ((STANDARD == 17)) || raise_standard "$tree/setup.py"
 
-    say "building mmcv $(mmcv_version) with ops against the installed PyTorch"
+    say "building $(mmcv_name) $(mmcv_version) with ops against the installed PyTorch"
     BUILD=$tree/build
     rm -rf "$BUILD"
     export MMCV_WITH_OPS=1 CFLAGS='-g0 -O2' CXXFLAGS='-g0 -O2' PATH=$VENV/bin:$PATH
@@ -361,7 +407,7 @@ build_mmcv() {
     with_progress build_progress "$ENV_PYTHON" -m pip --disable-pip-version-check \
         wheel -v --no-deps --no-build-isolation --wheel-dir "$WORK/wheel" "$tree" || rc=$?
     ((rc == 0)) || die "mmcv does not compile: $(first_error "$rc") (details: $LOG)"
-    wheel=$(compgen -G "$WORK/wheel/mmcv-*.whl")
+    wheel=$(compgen -G "$WORK/wheel/$name-*.whl")
     # Without torch in sight mmcv's setup.py leaves the ops out and still succeeds.
     # (No grep -q: it would stop reading early, and pipefail would count that.)
     "$ENV_PYTHON" -m zipfile -l "$wheel" | grep '_ext.*\.so' >>"$LOG" ||
@@ -373,7 +419,7 @@ build_mmcv() {
     say "kept the wheel in $2"
 }
 
-# raise_standard SETUP_PY: PyTorch's headers want C++20, mmcv's setup.py asks for C++17.
+# raise_standard SETUP_PY: current PyTorch's headers want C++20, mmcv's setup.py asks for C++17.
 raise_standard() {
     grep -q -- '-std=c++17' "$1" ||
         die "$1 does not ask for -std=c++17: this is not the mmcv that tools/install.sh knows"
@@ -402,7 +448,8 @@ build_progress() {
 }
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
-    (($# == 0)) || die "unexpected '$*': tools/install.sh takes no arguments, but PYTHON and MMPROTUNE_ENV"
+    (($# == 0)) || die "unexpected '$*': tools/install.sh takes no arguments, but PYTHON, MMPROTUNE_ENV and" \
+        MMPROTUNE_STACK
     # shellcheck disable=SC2119
     prepare_environment
 fi
