@@ -10,7 +10,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..graph import LeanState, Producer, builds_graph, check_frozen
+from .. import compiled
+from ..graph import LeanState, Producer, builds_graph, check_frozen, is_recorded
 from ..precision import cast, without_autocast
 
 aten = torch.ops.aten
@@ -65,18 +66,21 @@ class Convolution:
             bias = shift if bias is None else torch.addcmul(shift, bias, scale)
         if self.pad is not None:
             x = F.pad(x, self.pad, mode=self.pad_mode)
+        if is_recorded():
+            return compiled.convolution(x, weight, bias, self)
         is_matrix = into_weight and self._is_matrix(x, weight, memory_format_of(x))
         # Where convolutions are products of matrices, PyTorch spreads the bias over the output
         # first, which takes as long as the norm would.
         late = is_matrix and torch.get_num_threads() == 1
-        y = self._convolve(x, weight, None if late else bias)
+        y = self.convolve(x, weight, None if late else bias)
         if late:
             y.add_(columns(bias, y))
         if scale is not None and not into_weight:
             y.mul_(columns(scale, y)).add_(columns(shift, y))
         return y
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Applies the convolution to an input that is padded already."""
         # By the functions that autocast knows, on every device.
         plain, transposed = _CONVOLUTIONS[len(self.stride)]
         if self.transposed:
