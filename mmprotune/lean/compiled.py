@@ -1,11 +1,12 @@
-"""What ``torch.compile`` records in place of the operators that would keep too much.
+"""What ``torch.compile`` records in place of operators that would keep too much.
 
-The compiler decides itself what the backward pass keeps and what it computes again
-(:mod:`torch._functorch.partitioners`), from the operators of both passes. Norms, activations and masks
-are left to it. What it can not know is that the backward operator of a convolution, asked for the
-gradient of the input alone, never reads the input.
+The compiler chooses itself what the backward pass keeps and what it computes again, so norms,
+activations and their masks are left to it. It cannot know that the backward operator of a
+convolution, asked for the gradient of the input alone, never reads the input that it is given.
 """
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,15 +15,19 @@ from torch.autograd.function import once_differentiable
 
 from .precision import without_autocast
 
+if TYPE_CHECKING:
+    from .functional import Convolution
+
 aten = torch.ops.aten
 
 
 class _Convolve(Function):
 
     @staticmethod
-    def forward(ctx, x, weight, bias, conv):
+    def forward(ctx, x, weight, bias, conv, memory_format):
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.dtype, ctx.conv = x.shape, x.dtype, conv
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.conv, ctx.memory_format = conv, memory_format
         return conv.convolve(x, weight, bias)
 
     @staticmethod
@@ -32,22 +37,25 @@ class _Convolve(Function):
         conv = ctx.conv
         with without_autocast(grad):
             # A stand-in, of which no more than shape and layout are read.
-            x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device)
+            x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device,
+                            memory_format=ctx.memory_format)
             grad = aten.convolution_backward(
                 grad, x, weight.to(grad.dtype), None, conv.stride, conv.padding, conv.dilation,
                 conv.transposed, conv.output_padding, conv.groups, [True, False, False])[0]
-        return grad.to(ctx.dtype), None, None, None
+        return grad.to(ctx.dtype), None, None, None, None
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, conv) -> Tensor:
-    """A convolution with a frozen weight. Keeps nothing.
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Convolution,
+                memory_format: torch.memory_format) -> Tensor:
+    """A convolution with a frozen weight, as the compiler is to record it. Keeps nothing.
 
     Args:
         x (Tensor): Input, padded already where ``conv.pad`` says.
         weight (Tensor): Weight.
         bias (Tensor, optional): Bias.
         conv (Convolution): Settings.
+        memory_format (torch.memory_format): How ``x`` lies in memory.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Convolve.apply(x, weight, bias, conv)
+        return _Convolve.apply(x, weight, bias, conv, memory_format)
     return conv.convolve(x, weight, bias)

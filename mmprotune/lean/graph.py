@@ -13,7 +13,9 @@ from .precision import Precision
 
 # Torch 2.1 and 2.2 have some things otherwise.
 TORCH_BEFORE_2_3 = torch.__version__ < (2, 3)
+TORCH_BEFORE_2_4 = torch.__version__ < (2, 4)
 _is_compiling = torch._utils.is_compiling if TORCH_BEFORE_2_3 else torch.compiler.is_compiling
+_is_exporting = getattr(getattr(torch, 'compiler', None), 'is_exporting', bool)
 
 
 class LeanState:
@@ -42,6 +44,13 @@ class LeanState:
 def is_recorded() -> bool:
     """Whether ``torch.compile`` or a tracer records the operators instead of running them."""
     return _is_compiling() or torch.jit.is_tracing()
+
+
+def is_compiled() -> bool:
+    """Whether ``torch.compile`` records a graph whose backward pass it cuts itself, so that lean
+    functions may put theirs in. An export only wants the operators; before PyTorch 2.4 the compiler
+    takes few functions of one's own."""
+    return _is_compiling() and not TORCH_BEFORE_2_4 and not _is_exporting()
 
 
 class _Calls(threading.local):
@@ -76,6 +85,8 @@ def is_running() -> bool:
     network again for activation checkpointing. Elsewhere somebody calls a layer by itself."""
     if _calls.networks:
         return True
+    if _is_compiling():  # which records no question about the backward pass
+        return False
     # Private; without it, parts that are computed again run unfolded, to the same result.
     task = getattr(torch._C, '_current_graph_task_id', None)
     return task is not None and task() != -1

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .. import compiled
-from ..graph import LeanState, Producer, builds_graph, check_frozen, is_recorded
+from ..graph import LeanState, Producer, builds_graph, check_frozen, is_compiled
 from ..precision import cast, without_autocast
 
 aten = torch.ops.aten
@@ -66,8 +66,8 @@ class Convolution:
             bias = shift if bias is None else torch.addcmul(shift, bias, scale)
         if self.pad is not None:
             x = F.pad(x, self.pad, mode=self.pad_mode)
-        if is_recorded():
-            return compiled.convolution(x, weight, bias, self)
+        if is_compiled():
+            return compiled.convolution(x, weight, bias, self, memory_format_of(x))
         is_matrix = into_weight and self._is_matrix(x, weight, memory_format_of(x))
         # Where convolutions are products of matrices, PyTorch spreads the bias over the output
         # first, which takes as long as the norm would.
