@@ -13,7 +13,9 @@ from .precision import Precision
 
 # Torch 2.1 and 2.2 have some things otherwise.
 TORCH_BEFORE_2_3 = torch.__version__ < (2, 3)
+TORCH_BEFORE_2_4 = torch.__version__ < (2, 4)
 _is_compiling = torch._utils.is_compiling if TORCH_BEFORE_2_3 else torch.compiler.is_compiling
+_is_exporting = getattr(getattr(torch, 'compiler', None), 'is_exporting', bool)
 
 
 class LeanState:
@@ -41,6 +43,13 @@ class LeanState:
 def is_recorded() -> bool:
     """Whether ``torch.compile`` or a tracer records the operators instead of running them."""
     return _is_compiling() or torch.jit.is_tracing()
+
+
+def is_compiled() -> bool:
+    """Whether ``torch.compile`` records a graph whose backward pass it cuts itself, so that lean
+    functions may put theirs in. An export only wants the operators; before PyTorch 2.4 the compiler
+    takes few functions of one's own."""
+    return _is_compiling() and not TORCH_BEFORE_2_4 and not _is_exporting()
 
 
 def builds_graph(*tensors: Tensor | None) -> bool:

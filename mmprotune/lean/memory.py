@@ -47,12 +47,15 @@ class KeptBytes:
 
     Args:
         model (nn.Module): The model whose forward pass is run inside the ``with`` block.
+        by_module (bool): Whether to tell for whom. Not for a network that ``torch.compile``
+            compiled, which would compile hooks on its modules into itself. Defaults to True.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, by_module: bool = True) -> None:
         self._paths = {m: path for path, m in model.named_modules()}
         self._own = {_storage(t)[0] for t in (*model.parameters(), *model.buffers())}
         self._stack = ['']
+        self._by_module = by_module
         self._thread = threading.get_ident()
         self._saved: list[weakref.ref[_Saved]] = []
         self._handles: list = []
@@ -60,7 +63,7 @@ class KeptBytes:
             self._pack, lambda saved: saved.tensor)
 
     def __enter__(self) -> KeptBytes:
-        self._handles = [
+        self._handles = [] if not self._by_module else [
             module_hooks.register_module_forward_pre_hook(self._enter_module),
             module_hooks.register_module_forward_hook(self._leave_module, always_call=True),
         ]

@@ -32,6 +32,7 @@ from mmprotune.registry import MODELS
 
 from . import calls
 from .arguments import default_to_none
+from .compiling import Compiled, check_compile
 from .identity import PACKED_BYTES, ROUNDING, difference, function_of
 from .insertion import Stage
 from .modes import drop_paths, modules_with_mode
@@ -101,6 +102,11 @@ class PromptedBackbone(BaseModule):
         drop_path (bool): Whether the frozen layers' drop path drops branches in training, at the
             rates that the backbone's config gives it. Defaults to False: like their dropout, it
             stands still.
+        compile (bool | dict): Whether ``torch.compile`` compiles the backbone with its prompts, not
+            the model around it; a dict holds arguments of ``torch.compile`` (``backend``, ``mode``,
+            ``options``, ``dynamic``, ``fullgraph``) and ``activation_memory_budget``, the share of
+            what it would keep for the backward pass that it may keep, computing the rest again.
+            Where it cannot be compiled, it runs as without, and the log says so. Defaults to False.
 
     Attributes:
         prompts (nn.ModuleDict): Prompt block by stage name.
@@ -111,6 +117,7 @@ class PromptedBackbone(BaseModule):
         frozen_function (Tensor): uint8 buffer, what the backbone computes without and with prompts,
             see :mod:`~mmprotune.models.identity`; zeros where it runs at no usual image size.
         frozen_source (str, optional): The file or address that the frozen weights come from.
+        compiled (Compiled, optional): What runs the compiled network; None runs it as it is.
 
     Raises:
         PretrainedFileError: ``freeze='pretrained'`` without a pre-trained file, or with one that
@@ -135,16 +142,19 @@ class PromptedBackbone(BaseModule):
                  frozen_from: str | None = None,
                  insert: str = 'stages',
                  stem: bool = False,
-                 drop_path: bool = False) -> None:
+                 drop_path: bool = False,
+                 compile: bool | dict = False) -> None:
         super().__init__()
         check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean,
                         insert, drop_path)
+        check_compile(compile)
         self.freeze = freeze
         self.trainable = tuple(trainable)
         self.last_stage = last_stage
         self.insert = insert
         self.lean = lean
         self.frozen_from = frozen_from
+        self.compiled: Compiled | None = None
         if isinstance(backbone, nn.Module):
             built = given_backbone(backbone, pretrained, init_cfg, frozen_from)
         else:
@@ -176,6 +186,8 @@ class PromptedBackbone(BaseModule):
         if lean is not False:
             self._make_lean(LeanOptions.parse(lean), backbone_dtype, trace)
         self.refresh_fingerprint()
+        if compile is not False:
+            self.compiled = Compiled(compile)
         self._register_state_dict_hook(_drop_frozen)
         self.register_load_state_dict_post_hook(_after_load)
         self.train()
@@ -211,7 +223,10 @@ class PromptedBackbone(BaseModule):
         outer = calls.current(self) or calls.Call(None)
         call = calls.Call(tuple(x.shape[-2:]), calls.is_plain(self), outer.note)
         with calls.opened(self, call):
-            outputs = self.backbone(x, *args, **kwargs)
+            if self.compiled is None:
+                outputs = self.backbone(x, *args, **kwargs)
+            else:
+                outputs = self.compiled(self, x, *args, **kwargs)
         if not is_recorded():
             calls.keep_with_graph(self, call, tensors_in(outputs))
         return outputs

@@ -41,7 +41,10 @@ from mmprotune.testing.noise_batch import noise_item
 
 VARIANTS = ('full', 'frozen', 'naive', 'lean')
 TITLES = dict(full='full fine-tuning', frozen='head only', naive='prompted, naive',
-              lean='prompted, lean', lora='LoRA')
+              lean='prompted, lean', lora='LoRA', compiled='lean, compiled',
+              budget='lean, compiled, half')
+# What `compile` of these variants adds to the config's own and to --compile.
+COMPILED = dict(compiled={}, budget=dict(activation_memory_budget=0.5))
 # What --ablate takes out of the lean variant, one at a time.
 PARTS = ('product', )
 TITLES.update({f'without {part}': f'lean, without {part}' for part in PARTS})
@@ -54,8 +57,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('configs', nargs='+', metavar='CONFIG',
                         help='prompted or stock configs, files or installed names (mmdet::…)')
-    parser.add_argument('--variants', nargs='+', choices=[*VARIANTS, 'lora'], default=VARIANTS,
-                        help='lora: mmpretrain.LoRAModel around the backbone, as a peer')
+    parser.add_argument('--variants', nargs='+', choices=[*VARIANTS, 'lora', *COMPILED],
+                        default=VARIANTS,
+                        help='lora: mmpretrain.LoRAModel around the backbone, as a peer; compiled: '
+                        'lean, by torch.compile; budget: with half of what that keeps')
+    parser.add_argument('--compile', nargs='+', action=DictAction, default={},
+                        help='options of `compile` for the compiled variants; '
+                        'backend=aot_eager_decomp_partition counts bytes without a C++ compiler')
     parser.add_argument('--ablate', action='store_true',
                         help='also the lean variant without oneDNN for linear layers (product)')
     parser.add_argument('--backbone-only', action='store_true',
@@ -65,6 +73,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--size', type=int, default=512, help='side of noise images, in pixels')
     parser.add_argument('--batch-size', type=int, default=2)
     parser.add_argument('--steps', type=int, default=5, help='timed steps a variant; 0: none')
+    parser.add_argument('--no-inference', action='store_true',
+                        help='time training steps alone; inference is compiled by itself')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--channels-last', action='store_true',
                         help='images of every variant in that memory format')
@@ -86,12 +96,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # --- variants ---------------------------------------------------------------------------------
 
 
-def variant_cfg(cfg: Config, variant: str) -> Config:
+def variant_cfg(cfg: Config, variant: str, options: dict | None = None) -> Config:
     """The config with another way to train its backbone, and no pre-trained file.
 
     Args:
         cfg (Config): A config with a prompted backbone.
-        variant (str): One of ``VARIANTS``, 'lora' or 'without …', see ``PARTS``.
+        variant (str): One of ``VARIANTS``, 'lora', one of ``COMPILED`` or 'without …', see
+            ``PARTS``.
+        options (dict, optional): More options of ``compile`` for the compiled ones. Defaults to
+            None.
 
     Returns:
         Config: A copy.
@@ -101,10 +114,14 @@ def variant_cfg(cfg: Config, variant: str) -> Config:
     if variant in ('full', 'lora'):
         cfg.model.backbone = prompted.backbone
     elif variant == 'frozen':
-        cfg.model.backbone = dict(prompted, prompt=None, lean=False)
+        cfg.model.backbone = dict(prompted, prompt=None, lean=False, compile=False)
     else:
         lean = prompted.get('lean', True) or True
-        cfg.model.backbone = dict(prompted, lean=False if variant == 'naive' else lean)
+        own = prompted.get('compile', False)
+        compile_ = False if variant not in COMPILED else {
+            **({} if isinstance(own, bool) else own), **(options or {}), **COMPILED[variant]}
+        cfg.model.backbone = dict(
+            prompted, lean=False if variant == 'naive' else lean, compile=compile_)
     return cfg
 
 
@@ -297,7 +314,15 @@ def stage_finder(model: nn.Module) -> Callable[[str], str]:
 
 
 def kept_bytes(variant: Variant, part: Callable[[str], str]) -> dict[str, int]:
-    """Bytes kept for the backward pass of one step, by part of the model."""
+    """Bytes kept for the backward pass of one step, by part of the model; as one part in a variant
+    that is compiled."""
+    if variant.name in COMPILED:
+        variant.loss()  # compiles it
+        with KeptBytes(variant.model, by_module=False) as kept:
+            loss = variant.loss()
+        total = kept.total()
+        del loss
+        return dict(compiled=total)
     with KeptBytes(variant.model) as kept:
         loss = variant.loss()
     counted: Counter[str] = Counter()
@@ -381,7 +406,7 @@ def measure(config: str, args: argparse.Namespace) -> dict:
                 owner[key] = (args.size, args.size)
 
     part = stage_finder(Variant(variant_cfg(cfg, 'naive'), 'naive', args).model)
-    variants = [Variant(variant_cfg(cfg, name), name, args) for name in args.variants]
+    variants = [Variant(variant_cfg(cfg, name, args.compile), name, args) for name in args.variants]
     for variant in (v for v in variants if not v.exists):
         print(f'{config}: no linear layers, so no {TITLES[variant.name]}')
     variants = [v for v in variants if v.exists]
@@ -402,7 +427,7 @@ def measure(config: str, args: argparse.Namespace) -> dict:
     for _ in range(args.steps):
         for variant in variants:  # in turn: the machine's moods meet all alike
             times[variant.name].append(variant.step())
-        for variant in variants:
+        for variant in () if args.no_inference else variants:
             inference[variant.name].append(variant.infer())
     for name, steps in times.items():
         if steps:
@@ -410,7 +435,9 @@ def measure(config: str, args: argparse.Namespace) -> dict:
             found[name].update(
                 {key: statistics.median(column) for key, column in zip(
                     ('forward', 'backward', 'optimizer'), zip(*steps))},
-                step=statistics.median(totals), fastest=min(totals), slowest=max(totals),
+                step=statistics.median(totals), fastest=min(totals), slowest=max(totals))
+        if inference[name]:
+            found[name].update(
                 inference=statistics.median(inference[name]),
                 inference_fastest=min(inference[name]), inference_slowest=max(inference[name]))
     return dict(config=config, variants=found)
@@ -430,7 +457,7 @@ def table(result: dict) -> str:
             TITLES[name], _mib(f['kept_total']), _mib(f['allocated']), _mib(f['peak']),
             f'{f["step"]:.3f}' if timed else '-',
             f'{f["fastest"]:.2f}-{f["slowest"]:.2f}' if timed else '-',
-            *(f'{f[key]:.3f}' if timed else '-'
+            *(f'{f[key]:.3f}' if key in f else '-'
               for key in ('forward', 'backward', 'optimizer', 'inference')),
             _mib(f['optimizer_state']), _mib(f['gradients'])))
     widths = [max(map(len, column)) for column in zip(*rows)]

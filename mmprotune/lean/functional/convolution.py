@@ -10,7 +10,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..graph import LeanState, Producer, builds_graph, check_frozen
+from .. import compiled
+from ..graph import LeanState, Producer, builds_graph, check_frozen, is_compiled
 from ..precision import cast, without_autocast
 
 aten = torch.ops.aten
@@ -56,6 +57,12 @@ class Convolution:
         weight, bias = cast(weight, x), cast(bias, x)
         if self.pad is not None:
             x = F.pad(x, self.pad, mode=self.pad_mode)
+        if is_compiled():
+            return compiled.convolution(x, weight, bias, self, memory_format_of(x))
+        return self.convolve(x, weight, bias)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Applies the convolution to an input that is padded already."""
         # By the functions that autocast knows, on every device.
         plain, transposed = _CONVOLUTIONS[len(self.stride)]
         if self.transposed:

@@ -1,0 +1,61 @@
+"""What ``torch.compile`` records in place of operators that would keep too much.
+
+The compiler chooses itself what the backward pass keeps and what it computes again, so norms,
+activations and their masks are left to it. It cannot know that the backward operator of a
+convolution, asked for the gradient of the input alone, never reads the input that it is given.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .precision import without_autocast
+
+if TYPE_CHECKING:
+    from .functional import Convolution
+
+aten = torch.ops.aten
+
+
+class _Convolve(Function):
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, conv, memory_format):
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.conv, ctx.memory_format = conv, memory_format
+        return conv.convolve(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weight, = ctx.saved_tensors
+        conv = ctx.conv
+        with without_autocast(grad):
+            # A stand-in, of which no more than shape and layout are read.
+            x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device,
+                            memory_format=ctx.memory_format)
+            grad = aten.convolution_backward(
+                grad, x, weight.to(grad.dtype), None, conv.stride, conv.padding, conv.dilation,
+                conv.transposed, conv.output_padding, conv.groups, [True, False, False])[0]
+        return grad.to(ctx.dtype), None, None, None, None
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Convolution,
+                memory_format: torch.memory_format) -> Tensor:
+    """A convolution with a frozen weight, as the compiler is to record it. Keeps nothing.
+
+    Args:
+        x (Tensor): Input, padded already where ``conv.pad`` says.
+        weight (Tensor): Weight.
+        bias (Tensor, optional): Bias.
+        conv (Convolution): Settings.
+        memory_format (torch.memory_format): How ``x`` lies in memory.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Convolve.apply(x, weight, bias, conv, memory_format)
+    return conv.convolve(x, weight, bias)

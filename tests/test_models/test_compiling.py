@@ -1,0 +1,219 @@
+"""Prompted backbones that torch.compile compiles."""
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from mmprotune.lean.graph import TORCH_BEFORE_2_4, FrozenLayerError
+from mmprotune.lean.memory import KeptBytes
+from tests.test_lean.networks import SMALL, distance, images, outputs_of, prompted, step
+
+# One block in each of two stages: compiling takes seconds, not minutes.
+TINY = dict(type='mmdet.ResNet', depth=18, base_channels=8, num_stages=2, strides=(1, 2),
+            dilations=(1, 1), out_indices=(0, 1))
+# AOTAutograd with the partitioner that inductor uses too, and nothing that takes a C++ compiler.
+BACKEND = 'aot_eager_decomp_partition'
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    torch._dynamo.reset()
+
+
+def counted(backend='eager'):
+    """A backend, and the list of what it has compiled."""
+    graphs = []
+
+    def compile_(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    return compile_, graphs
+
+
+def kept(model, x):
+    outputs_of(model, x)  # is compiled
+    with KeptBytes(model, by_module=False) as count:
+        outputs = model(x)
+    total = count.total()
+    del outputs
+    return total
+
+
+def said(caplog):
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith('compile: ')]
+
+
+@pytest.fixture
+def log(caplog):
+    from mmengine.logging import MMLogger
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(('value', 'error', 'message'), [
+    ('inductor', TypeError, 'compile must be True, False or a dict'),
+    (dict(backends='inductor'), ValueError, "compile has no option 'backends'"),
+    (dict(backend=3), TypeError, 'compile.backend must be'),
+    (dict(dynamic='yes'), TypeError, 'compile.dynamic must be True, False or None'),
+    (dict(fullgraph=1), TypeError, 'compile.fullgraph must be'),
+    (dict(mode=True), TypeError, 'compile.mode must be'),
+    (dict(options=['a']), TypeError, 'compile.options must be'),
+    (dict(mode='default', options=dict()), ValueError, 'compile.mode'),
+    (dict(activation_memory_budget='half'), TypeError, 'compile.activation_memory_budget'),
+    (dict(activation_memory_budget=1.5), ValueError, 'expected 0 to 1, got 1.5'),
+])
+def test_wrong_values_name_the_key(value, error, message):
+    with pytest.raises(error) as raised:
+        prompted(TINY, compile=value)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize('lean', [True, False])
+def test_outputs_and_gradients_are_those_of_the_network_as_it_is(lean):
+    """In float64, against autograd of the ordinary layers: 1e-11 of their norm."""
+    backend, graphs = counted(BACKEND)
+    model = prompted(TINY, lean=lean, compile=dict(backend=backend)).double()
+    exact = prompted(TINY, lean=False).double()
+    x = images(2, 3, 64, 48, dtype=torch.float64)
+    outputs, gradients = step(model, x)
+    expected, wanted = step(exact, x)
+    assert len(graphs) == 1 and not model.compiled.failed
+    assert distance(outputs, expected) < 1e-11
+    assert gradients.keys() == wanted.keys()
+    assert distance(gradients.values(), wanted.values()) < 1e-11
+
+
+@pytest.mark.skipif(TORCH_BEFORE_2_4, reason='ordinary operators are recorded there')
+def test_it_keeps_less():
+    x = images(2, 3, 64, 64)
+    found = {}
+    for name, options in (('ordinary', dict(lean=False)), ('lean', {}), ('half', {})):
+        setting = dict(activation_memory_budget=0.5) if name == 'half' else {}
+        found[name] = kept(prompted(TINY, compile=dict(backend=BACKEND, **setting), **options), x)
+    assert found['lean'] <= 0.6 * found['ordinary']
+    assert found['half'] <= 0.7 * found['lean']
+
+
+def test_state_and_identity_do_not_know():
+    plain, model = prompted(TINY), prompted(TINY, compile=True)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert model.own_fingerprint == plain.own_fingerprint
+    plain.load_state_dict(model.state_dict())
+    assert {n for n, _ in model.named_modules()} == {n for n, _ in plain.named_modules()}
+
+
+def test_copies_compile_for_themselves():
+    backend, graphs = counted()
+    model = prompted(TINY, compile=dict(backend=backend)).eval()
+    x = images(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = outputs_of(model, x)
+        other = copy.deepcopy(model)
+        for parameter in other.prompts.parameters():
+            parameter.zero_()
+        assert distance(outputs_of(other, x), expected) > 0.01
+        assert distance(outputs_of(model, x), expected) == 0
+    assert len(graphs) == 2
+    model.compiled.options['backend'] = BACKEND  # a function of a test cannot be pickled
+    again = pickle.loads(pickle.dumps(model))
+    assert again.compiled.options == dict(backend=BACKEND)
+    assert again.compiled is not model.compiled
+
+
+def test_many_sizes_cost_few_graphs():
+    backend, graphs = counted()
+    model = prompted(TINY, compile=dict(backend=backend)).eval()
+    with torch.no_grad():
+        for i in range(12):
+            model(images(1, 3, 64 + 32 * (i % 5), 64 + 32 * (i * 7 % 11)))
+    assert not model.compiled.failed
+    assert len(graphs) <= 3
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(log):
+    def broken(graph, inputs):
+        raise RuntimeError('no such compiler\nand more')
+
+    model = prompted(TINY, compile=dict(backend=broken))
+    plain = prompted(TINY)
+    for _ in range(2):
+        x = images(1, 3, 64, 64)
+        outputs, gradients = step(model, x)
+        expected, wanted = step(plain, x)
+        assert distance(outputs, expected) == 0
+        assert distance(gradients.values(), wanted.values()) == 0
+    assert model.compiled.failed
+    message, = said(log)
+    assert 'ResNet cannot be compiled' in message and 'no such compiler' in message
+    assert '\n' not in message
+
+
+def test_a_size_too_many_runs_as_it_is(log):
+    backend, graphs = counted()
+    model = prompted(TINY, compile=dict(backend=backend, dynamic=False)).eval()
+    plain = prompted(TINY).eval()
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        for size in (64, 96, 128, 160):
+            x = images(1, 3, 64, size)
+            assert distance(outputs_of(model, x), outputs_of(plain, x)) < 1e-5
+        count = len(graphs)
+        model(images(1, 3, 64, 64))
+    assert count == len(graphs) == 2 and not model.compiled.failed
+    message, = said(log)
+    assert '(1, 3, 64, 128)' in message
+
+
+def test_an_error_of_the_network_is_its_own(log):
+    model = prompted(TINY, compile=dict(backend='eager'))
+    norm = next(m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d))
+    norm.train()
+    with pytest.raises(FrozenLayerError, match='training mode'):
+        model(images(1, 3, 64, 64))
+    norm.eval()
+    model(images(1, 3, 64, 64))
+    assert not model.compiled.failed and not said(log)
+
+
+def test_calls_that_look_at_prompts_run_as_they_are():
+    backend, graphs = counted()
+    model = prompted(TINY, compile=dict(backend=backend)).eval()
+    x = images(1, 3, 64, 64)
+    with torch.no_grad():
+        with model.record_norms() as norms:
+            model(x)
+        assert set(norms) == set(model.prompts)
+        with model.without_prompts():
+            plain = outputs_of(model, x)
+        assert not graphs
+        assert distance(outputs_of(model, x), plain) > 0.01
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['resnet', 'swin', 'vit', 'convnext'])
+def test_networks(name):
+    """In float64, against autograd of the ordinary layers: 1e-11 of their norm."""
+    model = prompted(SMALL[name], compile=dict(backend=BACKEND)).double()
+    exact = prompted(SMALL[name], lean=False).double()
+    x = images(1, 3, 96, 64, dtype=torch.float64)
+    (outputs, gradients), (expected, wanted) = step(model, x), step(exact, x)
+    assert not model.compiled.failed
+    assert distance(outputs, expected) < 1e-11
+    assert distance(gradients.values(), wanted.values()) < 1e-11
+
+
+@pytest.mark.slow
+def test_inductor():
+    model, plain = prompted(TINY, compile=True), prompted(TINY)
+    x = images(2, 3, 64, 64)
+    (outputs, gradients), (expected, wanted) = step(model, x), step(plain, x)
+    assert not model.compiled.failed
+    assert distance(outputs, expected) < 1e-5
+    assert distance(gradients.values(), wanted.values()) < 1e-3
