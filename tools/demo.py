@@ -176,12 +176,12 @@ class Page:
         seen = as_images(batch['inputs'], model.data_preprocessor)
         with self._parts[name].record_maps() as recorded:
             self.trunk(image, tasks=[name])
-        return [(drawn, f'{name}, {stage}: at most {strongest:.2g} of the feature')
+        return [(drawn, f'{name} {stage}: {strongest:.2g}')
                 for _, stage, strongest, drawn in draw_prompt_maps(seen, recorded)]
 
 
 def _memory(report) -> list[list]:
-    """Rows of what is held, MiB here, and MiB in separate models."""
+    """Rows of what is held, MiB here, and in separate models."""
     rows = []
     for trunk in report.trunks:
         count = len(trunk.own_bytes)
@@ -222,14 +222,15 @@ def build(gradio, page: Page):
                 button = gradio.Button('Run', variant='primary')
                 times = gradio.Dataframe(headers=['seconds', 'one call', 'alone'], label='Time',
                                          interactive=False)
-                gradio.Dataframe(page.memory, headers=['MiB', 'here', 'separate models'],
+                gradio.Dataframe(page.memory, headers=['MiB', 'here', 'separate'],
                                  label='Memory', interactive=False)
             with gradio.Column(scale=2):
-                overlays = gradio.Gallery(label='What the tasks find', columns=2, height=330,
+                overlays = gradio.Gallery(label='What the tasks find', columns=2, height=380,
                                           object_fit='contain', format='png')
                 heat = gradio.Gallery(
-                    label='Where prompts act, from blue (nothing) to red (the strongest there)',
-                    columns=4, height=420, object_fit='contain', format='png')
+                    label='Where prompts act, from blue (nothing) to red (the strongest there: its '
+                    'share of the feature)', columns=4, height=400,
+                    object_fit='contain', format='png')
                 gradio.Code(page.shared, language=None, label='What the tasks share',
                             interactive=False, lines=2, wrap_lines=True)
         button.click(run, [picture, tasks, score_thr, maps, apart], [overlays, heat, times],

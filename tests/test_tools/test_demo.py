@@ -38,7 +38,7 @@ def test_overlays_maps_times_and_memory(page):
     assert found.overlays[0][0].shape == photo.shape
     assert not np.array_equal(found.overlays[0][0], photo)
     assert [caption.partition(':')[0] for _, caption in found.maps] == [
-        f'{name}, output{i}' for name in ('segmentor', 'classifier') for i in range(4)]
+        f'{name} output{i}' for name in ('segmentor', 'classifier') for i in range(4)]
     assert all(drawn.std() > 10 for drawn, _ in found.maps)
     names, together, alone = zip(*found.times)
     assert names == ('segmentor', 'classifier', 'together')
