@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 bar.advance(task, len(chunk))
     finally:  # what was predicted before an error stays, with its pictures
         if report.count:
-            text = json.dumps(report.content, indent=1) + '\n'
+            text = json.dumps(report.content) + '\n'
             write_bytes(text.encode(), args.out / 'predictions.json')
             print(f'{report.count} of {len(files)} images: {args.out}')
 

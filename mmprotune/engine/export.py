@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import io
 import json
 import logging
 import os
@@ -36,7 +37,7 @@ NEEDED = ('onnx', 'onnxscript', 'onnxruntime')  # by the first
 MOST = 2**31 - 2**20  # bytes that one ONNX file holds
 # Images (H, W) tried in turn, before those that the model says it was built for: not square, and
 # large enough for every map of a pyramid to be more than a point.
-SIZES = ((320, 448), (512, 512), (224, 224))
+SIZES = ((192, 256), (512, 512), (224, 224))
 DIMENSIONS = {0: 'batch', 2: 'height', 3: 'width'}
 
 
@@ -141,6 +142,9 @@ class Network(nn.Module):
             self.kind, self._outputs = 'classifier', self._classify
         elif host == 'mmseg' and callable(getattr(model, 'encode_decode', None)):
             self.kind, self._outputs = 'segmentor', self._segment
+            if (getattr(model, 'test_cfg', None) or {}).get('mode') == 'slide':
+                self.note = ("test_cfg.mode='slide': the file computes one window; the host cuts "
+                             'images into windows and averages where they overlap')
         elif host == 'mmdet':
             self.kind, self._outputs = 'detector', self._detect
             self._check_detector(kind)
@@ -234,10 +238,10 @@ def export(model: nn.Module, cfg: Config, out: str | os.PathLike,
         for dims in ((0, 2, 3), (0, ), ()):
             try:
                 return _attempt(network, out, size, dims, description)
-            except ExportError:
-                raise
             except Exception as error:  # whatever tracing, conversion and other runtimes raise
                 reasons.append(error)
+    if isinstance(reasons[-1], ExportError):
+        raise reasons[-1]
     raise ExportError(f'{type(model).__name__} does not export to {out.suffix}: '
                       f'{_first_line(reasons[-1])}') from reasons[-1]
 
@@ -321,7 +325,7 @@ def _describe(model: nn.Module, network: Network, outputs: dict[str, Tensor]) ->
 
 def _write_onnx(program, file: Path, shape: list[str], description: dict) -> None:
     import onnx
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(program, f=str(file), dynamo=True, external_data=False, verbose=False,
                           input_names=['image'], output_names=list(description['outputs']))
     model = onnx.load(str(file))

@@ -112,7 +112,7 @@ def test_sizes_that_cannot_vary_are_fixed(tasks, tmp_path, monkeypatch):
         return classify(self, image)
 
     monkeypatch.setattr(engine.Network, '_classify', of_one_size)
-    monkeypatch.setattr(engine, 'SIZES', ((320, 448), (64, 96)))
+    monkeypatch.setattr(engine, 'SIZES', ((192, 256), (64, 96)))
     file = tmp_path / 'model.pt2'
     tool.main(['-', tasks['classifier'], str(file)])
     run, said = read_file(file)
@@ -143,6 +143,13 @@ def test_what_does_not_export_is_refused(tasks, resnet18_file, tmp_path):
     model.decode_head.convs = torch.nn.Sequential(torch.nn.AvgPool2d(9))
     with pytest.raises(ExportError, match=r'does not run on images alone, tried at \[\(3, 3\)\]'):
         engine.export(model, Config(dict(default_scope='mmseg')), tmp_path / 'a.pt2', [(3, 3)])
+
+
+def test_sliding_windows_are_said(resnet18_file):
+    cfg = task_cfg('segmentor', backbone(resnet18_file))
+    assert engine.Network(engine.build(cfg), 'mmseg').note == ''
+    cfg.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(32, 32))
+    assert 'computes one window' in engine.Network(engine.build(cfg), 'mmseg').note
 
 
 def test_a_missing_extra_is_one_line(tasks, tmp_path, monkeypatch, capsys):
