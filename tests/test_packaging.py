@@ -219,14 +219,17 @@ def requirements_by_extra(wheel_metadata) -> dict[str, set[str]]:
 def test_extras(wheel_metadata):
     lists = requirements_by_extra(wheel_metadata)
     assert lists[None] == {'mmengine', 'numpy', 'torch', 'torchvision', 'setuptools'}
-    assert set(lists) == {None, 'det', 'seg', 'cls', 'robust', 'hub', 'tests', 'all'}
+    assert set(lists) == {None, 'det', 'seg', 'cls', 'robust', 'demo', 'export', 'hub', 'tests',
+                          'all'}
     assert 'mmdet' in lists['det']
     assert {'mmsegmentation', 'ftfy', 'regex'} <= lists['seg']
     assert 'mmpretrain' in lists['cls']
     assert lists['hub'] == {'safetensors', 'huggingface_hub'}
     assert lists['robust'] == {'imagecorruptions-imaug', 'foolbox', 'pyautoattack'}
+    assert lists['demo'] == {'gradio'}
+    assert lists['export'] == {'onnx', 'onnxscript', 'onnxruntime'}
     assert lists['all'] == set().union(
-        *(names for extra, names in lists.items() if extra not in (None, 'all')))
+        *(names for extra, names in lists.items() if extra not in (None, 'demo', 'export', 'all')))
 
 
 def test_nothing_asks_pip_for_mmcv(wheel_metadata):

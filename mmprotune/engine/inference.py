@@ -18,8 +18,9 @@ from mmengine.dataset import Compose, default_collate
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from mmprotune.checkpoints.untrusted import HOSTS
-from mmprotune.config_nodes import type_name
+from mmprotune.checkpoints.untrusted import HOSTS, check_config
+from mmprotune.config_nodes import parse_config, type_name
+from mmprotune.engine import cli
 from mmprotune.errors import DataError, TrunkError
 
 
@@ -55,6 +56,69 @@ def check_image(image: object) -> str | np.ndarray:
     return image
 
 
+def usable_device(device: str | torch.device | None = None) -> torch.device:
+    """Where models are to run.
+
+    Args:
+        device (str | torch.device, optional): Defaults to None: a GPU where there is one, else the
+            CPU.
+
+    Raises:
+        TrunkError: There is no such device.
+    """
+    if device is None:
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # PyTorch has a kind for each build and backend
+        first = (str(error).splitlines() or [''])[0]
+        raise TrunkError(f'device: {device!r} cannot be used: {first}') from error
+
+
+def config_of(loaded: dict, path: str, config: Config | str | os.PathLike | None,
+              naming: str) -> Config:
+    """The config to a checkpoint, not the caller's own object.
+
+    Args:
+        loaded (dict): The checkpoint.
+        path (str): Where it came from, for errors.
+        config (Config | str | os.PathLike, optional): None: the one in the checkpoint, which is
+            read, not run.
+        naming (str): How the caller names a config, for errors.
+
+    Raises:
+        TrunkError: There is none, or none that can be read.
+        LaunchError: No such file.
+    """
+    if isinstance(config, Config):
+        return Config(config.to_dict())
+    if config is not None:
+        return cli.load_config(os.fspath(config))
+    meta = loaded.get('meta') if isinstance(loaded.get('meta'), dict) else {}
+    text = meta.get('cfg')
+    if not isinstance(text, str):
+        raise TrunkError(f'{path} holds no config (meta.cfg); name it: {naming}')
+    try:
+        cfg = parse_config(text)
+        check_config(cfg)
+    except ValueError as error:
+        raise TrunkError(f'{path}: the config in it (meta.cfg) cannot be used, {error}; name one: '
+                         f'{naming}') from error
+    return cfg
+
+
+def check_host(cfg: Config) -> str:
+    """``cfg.default_scope``, one of the three hosts.
+
+    Raises:
+        TrunkError: It is another one.
+    """
+    host = cfg.get('default_scope')
+    if host not in HOSTS:
+        raise TrunkError(f'default_scope must be one of {", ".join(HOSTS)}, got {host!r}')
+    return host
+
+
 class Inference:
     """Runs one model on single images; results are those of its host's own function.
 
@@ -68,11 +132,9 @@ class Inference:
 
     def __init__(self, model: nn.Module, cfg: Config) -> None:
         self.model = model
-        self.host = cfg.get('default_scope')
-        if self.host not in HOSTS:
-            raise TrunkError(f'default_scope must be one of {", ".join(HOSTS)}, got {self.host!r}')
+        self.host = check_host(cfg)
         with DefaultScope.overwrite_default_scope(self.host):
-            self._of_files, self._of_arrays = (self._build(_test_pipeline(cfg, self.host), arrays)
+            self._of_files, self._of_arrays = (self._build(test_pipeline(cfg), arrays)
                                                for arrays in (False, True))
 
     def _build(self, steps: list, arrays: bool) -> Compose:
@@ -110,9 +172,13 @@ class Inference:
         return self.model.data_preprocessor(self.prepare(image), False)['inputs']
 
 
-def _test_pipeline(cfg: Config, host: str) -> list:
-    """A copy of the transforms that the host's own function takes."""
-    if host == 'mmseg' and 'test_pipeline' in cfg:
+def test_pipeline(cfg: Config) -> list:
+    """A copy of the transforms that the host's own function takes.
+
+    Raises:
+        TrunkError: The config has none.
+    """
+    if cfg.default_scope == 'mmseg' and 'test_pipeline' in cfg:
         return copy.deepcopy(cfg.test_pipeline)
     node = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     while 'pipeline' not in node and ('dataset' in node or node.get('datasets')):

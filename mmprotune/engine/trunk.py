@@ -19,10 +19,13 @@ from mmprotune.checkpoints.convert import build_model
 from mmprotune.checkpoints.loading import fill
 from mmprotune.checkpoints.reading import read, state_dict_of
 from mmprotune.checkpoints.slim import FINGERPRINT, hex_of, prompted_parts
-from mmprotune.checkpoints.untrusted import check_config
-from mmprotune.config_nodes import parse_config
-from mmprotune.engine import cli
-from mmprotune.engine.inference import HOSTS, Inference, check_image
+from mmprotune.engine.inference import (
+    Inference,
+    check_host,
+    check_image,
+    config_of,
+    usable_device,
+)
 from mmprotune.errors import DoesNotFit, TaskFailed, TrunkError, listed
 from mmprotune.lean.dry_run import image_shapes, noise
 from mmprotune.models.sharing import Session, equal, install, shared_paths
@@ -68,13 +71,7 @@ class FrozenTrunk:
     """
 
     def __init__(self, device: str | torch.device | None = None) -> None:
-        if device is None:
-            device = 'cuda' if torch.cuda.is_available() else 'cpu'
-        try:
-            self.device = torch.empty(0, device=device).device
-        except Exception as error:  # PyTorch has a kind for each build and backend
-            first = (str(error).splitlines() or [''])[0]
-            raise TrunkError(f'device: {device!r} cannot be used: {first}') from error
+        self.device = usable_device(device)
         self._tasks: dict[str, _Task] = {}  # replaced, never changed: calls keep the one they saw
         self._paths: dict[tuple[_Task, _Task], frozenset[str]] = {}
         self._lock = threading.Lock()  # of the two above, and quickly given back
@@ -125,7 +122,7 @@ class FrozenTrunk:
             path = os.fspath(checkpoint)
             loaded = read(path)
             state_dict_of(loaded, path)
-            cfg = _config(loaded, path, config)
+            cfg = config_of(loaded, path, config, "add(name, checkpoint, config='….py')")
             try:
                 task = self._build(name, path, loaded, cfg)
             except TrunkError as error:
@@ -156,9 +153,7 @@ class FrozenTrunk:
         trunk = None
         if len(roots) == 1:
             trunk = self._trunks().get(hex_of(state_dict[roots[0] + FINGERPRINT]))
-        if cfg.get('default_scope') not in HOSTS:
-            raise TrunkError(f'default_scope must be one of {", ".join(HOSTS)}, got '
-                             f'{cfg.get("default_scope")!r}')
+        check_host(cfg)
         if not cfg.get('model'):
             raise TrunkError('the config has no model')
         model = None
@@ -424,26 +419,6 @@ def _normalisation(model: nn.Module) -> str:
 
 
 # --- arguments ----------------------------------------------------------------------------------
-
-
-def _config(loaded: dict, path: str, config: Config | str | os.PathLike | None) -> Config:
-    """The config of a task, not the caller's own object."""
-    if isinstance(config, Config):
-        return Config(config.to_dict())
-    if config is not None:
-        return cli.load_config(os.fspath(config))
-    meta = loaded.get('meta') if isinstance(loaded.get('meta'), dict) else {}
-    text = meta.get('cfg')
-    if not isinstance(text, str):
-        raise TrunkError(f'{path} holds no config (meta.cfg); name it: '
-                         "add(name, checkpoint, config='….py')")
-    try:
-        cfg = parse_config(text)
-        check_config(cfg)
-    except ValueError as error:
-        raise TrunkError(f'{path}: the config in it (meta.cfg) cannot be used, {error}; name one: '
-                         "add(name, checkpoint, config='….py')") from error
-    return cfg
 
 
 def _names(tasks, images: list | None, known: dict[str, _Task]) -> list[list[str]]:

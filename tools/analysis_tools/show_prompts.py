@@ -12,20 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-from mmengine.registry import VISUALIZERS, DefaultScope
-from mmengine.visualization import Visualizer
 
 from mmprotune import FrozenTrunk
 from mmprotune.checkpoints.slim import prompted_parts
 from mmprotune.engine import cli
 from mmprotune.engine.inference import Inference, check_image
-from mmprotune.visualization import as_images, draw_prompt_maps
-
-VISUALIZER_OF = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer',
-                     mmpretrain='UniversalVisualizer')
+from mmprotune.visualization import as_images, draw_prompt_maps, draw_result, result_visualizer
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,13 +42,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (Sequence[str], optional): Arguments; None means the command line's.
     """
     args = parse_args(argv)
+    from mmcv.image import imread
     images = [check_image(image) for image in args.images]
     trunk = FrozenTrunk(device=args.device)
     trunk.add('model', args.checkpoint, None if args.config == '-' else args.config)
     model = trunk.model('model')
     (_, part), = prompted_parts(model)
     inference = Inference(model, model.cfg)
-    visualizer = _visualizer(model) if args.compare else None
+    visualizer = None
+    if args.compare:
+        visualizer = result_visualizer(
+            model.cfg, getattr(model, 'dataset_meta', None), 'show_prompts')
     args.out.mkdir(parents=True, exist_ok=True)
     for number, image in enumerate(images):
         batch = inference.prepare(image)
@@ -71,36 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f'{file}: at most {strongest:.3g} of the feature')
         if visualizer is not None:
             file = args.out / f'{name}_compared.png'
+            photo = imread(image, channel_order='rgb')
             _save(file, np.concatenate(
-                [_drawn(visualizer, image, result) for result in (plain, prompted)], axis=1))
+                [draw_result(visualizer, photo, result) for result in (plain, prompted)], axis=1))
             print(f'{file}: without prompts, with prompts')
-
-
-def _visualizer(model: torch.nn.Module) -> Visualizer:
-    """The host's own, which draws its kind of result."""
-    scope = model.cfg.default_scope
-    with DefaultScope.overwrite_default_scope(scope):
-        cfg = dict(model.cfg.get('visualizer') or dict(type=VISUALIZER_OF[scope]),
-                   vis_backends=[], name='show_prompts')
-        visualizer = VISUALIZERS.build(cfg)
-    meta = dict(getattr(model, 'dataset_meta', None) or {})
-    if meta.get('classes') and not meta.get('palette'):  # which mmseg's cannot do without
-        hues = np.linspace(0, 179, len(meta['classes']), endpoint=False, dtype=np.uint8)
-        hsv = np.stack([hues, np.full_like(hues, 200), np.full_like(hues, 230)], axis=-1)
-        rgb = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0]
-        meta['palette'] = [tuple(colour) for colour in rgb.tolist()]
-    visualizer.dataset_meta = meta
-    return visualizer
-
-
-def _drawn(visualizer: Visualizer, image: str, result: object) -> np.ndarray:
-    from mmcv.image import imread
-    picture = imread(image, channel_order='rgb')
-    if hasattr(visualizer, 'visualize_cls'):  # mmpretrain's, a method for each task
-        classes = visualizer.dataset_meta.get('classes')
-        return visualizer.visualize_cls(picture, result, classes=classes, draw_gt=False)
-    visualizer.add_datasample('result', picture, result, draw_gt=False)
-    return visualizer.get_image()
 
 
 def _save(file: Path, picture: np.ndarray) -> None:

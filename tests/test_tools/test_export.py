@@ -1,0 +1,190 @@
+"""Exported files compute what the hosts do with the checkpoint, prompts included."""
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmprotune import checkpoint
+from mmprotune.checkpoints.convert import build_model
+from mmprotune.engine import cli
+from mmprotune.engine import export as engine
+from mmprotune.errors import ExportError, LaunchError
+from tests.test_engine.tasks import HOSTS, alone, backbone, picture, save_task, task_cfg
+from tests.test_tools.conftest import load_tool
+
+tool = load_tool('export.py')
+pytestmark = pytest.mark.skipif(not hasattr(torch.export, 'Dim') or
+                                not hasattr(torch.export.Dim, 'AUTO'),
+                                reason='torch before 2.6 does not export')
+
+
+@pytest.fixture(scope='module')
+def tasks(tmp_path_factory, resnet18_file):
+    """Checkpoints of models that train with lean layers."""
+    folder = tmp_path_factory.mktemp('tasks')
+    return {kind: save_task(folder / f'{kind}.pth', kind, backbone(resnet18_file, lean=True))
+            for kind in HOSTS}
+
+
+def read_file(file):
+    """What runs a file, and what it says of itself."""
+    if file.suffix == '.onnx':
+        import onnx
+        said, = (p.value for p in onnx.load(str(file)).metadata_props if p.key == 'mmprotune')
+    else:
+        extra = {'mmprotune.json': ''}
+        torch.export.load(str(file), extra_files=extra)
+        said = extra['mmprotune.json']
+    said = json.loads(said)
+    run = engine.FORMATS[file.suffix][1](file)
+    return lambda image: dict(zip(said['outputs'], run(image))), said
+
+
+def prepared(photo, said):
+    """The input that the file says it takes."""
+    assert said['channels'] == 'RGB'
+    image = (photo[..., ::-1] - np.array(said['mean'])) / np.array(said['std'])
+    return torch.from_numpy(image).float().permute(2, 0, 1)[None]
+
+
+@pytest.mark.parametrize('suffix', engine.SUFFIXES)
+@pytest.mark.parametrize('kind', HOSTS)
+def test_the_file_computes_what_the_host_does(kind, suffix, tasks, tmp_path, capsys):
+    if suffix == '.onnx':
+        for name in engine.NEEDED:
+            pytest.importorskip(name, reason="the extra 'export' is not installed")
+    file = tmp_path / f'model{suffix}'
+    tool.main(['-', tasks[kind], str(file), '--size', '96', '160'])
+    printed = capsys.readouterr().out
+    assert 'image (batch, 3, height, width), RGB' in printed and 'limit 0.0001' in printed
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    run, said = read_file(file)
+    assert said['kind'] == kind and said['free'] == ['batch', 'height', 'width']
+
+    photo = picture(3, (64, 64))  # the size that the pipeline makes of it
+    expected, found = alone(tasks[kind], photo), None
+    image = prepared(photo, said)
+    if kind == 'detector':  # one point is all that the last map has of so small an image
+        image = torch.nn.functional.pad(image, (0, 64, 0, 32))
+    found = run(image)
+    if kind == 'classifier':
+        assert len(said['classes']) == 4
+        torch.testing.assert_close(found['logits'].softmax(1)[0], expected.pred_score,
+                                   atol=1e-5, rtol=0)
+    elif kind == 'segmentor':
+        assert torch.equal(found['logits'].argmax(1)[0], expected.pred_sem_seg.data[0])
+        torch.testing.assert_close(found['logits'][0], expected.seg_logits.data,
+                                   atol=1e-4, rtol=0)
+    else:
+        cfg = Config.fromstring(torch.load(tasks[kind], weights_only=True)['meta']['cfg'], '.py')
+        model = build_model(cfg)
+        checkpoint.load(model, tasks[kind])
+        with torch.no_grad():
+            maps = model.extract_feat(image)
+            scores, boxes = model.rpn_head(maps)
+        for name, tensors in (('feature', maps), ('cls_scores', scores), ('bbox_preds', boxes)):
+            for i, tensor in enumerate(tensors):
+                torch.testing.assert_close(found[f'{name}_{i}'], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_another_result_is_not_written(tasks, tmp_path, monkeypatch):
+    write, load = engine.FORMATS['.pt2']
+
+    def load_another(file):
+        run = load(file)
+        return lambda image: [value + 1e-3 * value.abs().max().clamp_min(1) for value in run(image)]
+
+    monkeypatch.setitem(engine.FORMATS, '.pt2', (write, load_another))
+    with pytest.raises(ExportError, match=r'logits is 1.0e-03 .*nothing was written'):
+        tool.main(['-', tasks['classifier'], str(tmp_path / 'model.pt2')])
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_that_cannot_vary_are_fixed(tasks, tmp_path, monkeypatch):
+    """Batches still may: a model that looks at the numbers themselves."""
+    classify = engine.Network._classify
+
+    def of_one_size(self, image):
+        assert image.shape[2] == 64 and image.shape[3] == 96
+        return classify(self, image)
+
+    monkeypatch.setattr(engine.Network, '_classify', of_one_size)
+    monkeypatch.setattr(engine, 'SIZES', ((192, 256), (64, 96)))
+    file = tmp_path / 'model.pt2'
+    tool.main(['-', tasks['classifier'], str(file)])
+    run, said = read_file(file)
+    assert said['free'] == ['batch'] and said['size'] == [64, 96]
+    assert run(torch.zeros(5, 3, 64, 96))['logits'].shape == (5, 4)
+
+
+def test_what_does_not_export_is_refused(tasks, resnet18_file, tmp_path):
+    with pytest.raises(LaunchError, match=r'ends with \.onnx or \.pt2'):
+        tool.main(['-', tasks['classifier'], str(tmp_path / 'model.pth')])
+    out = tmp_path / 'model.pt2'
+    out.write_bytes(b'mine')
+    with pytest.raises(LaunchError, match='exists; nothing was written'):
+        tool.main(['-', tasks['classifier'], str(out)])
+    assert out.read_bytes() == b'mine'
+
+    half = task_cfg('classifier', backbone(resnet18_file, lean=True, backbone_dtype='bfloat16'))
+    with pytest.raises(LaunchError, match=r'model\.backbone\.backbone_dtype='):
+        engine.build(half)
+    stock = task_cfg('classifier', backbone(resnet18_file))
+    stock.model.backbone = stock.model.backbone.backbone
+    with pytest.raises(LaunchError, match='no PromptedBackbone'):
+        engine.build(stock)
+    # DETR and its kind are neither one-stage nor two-stage detectors.
+    with pytest.raises(ExportError, match='Linear does not export: expected a one-stage or'):
+        engine.Network(torch.nn.Linear(1, 1), 'mmdet')
+    model = engine.build(task_cfg('segmentor', backbone(resnet18_file)))
+    model.decode_head.convs = torch.nn.Sequential(torch.nn.AvgPool2d(9))
+    with pytest.raises(ExportError, match=r'does not run on images alone, tried at \[\(3, 3\)\]'):
+        engine.export(model, Config(dict(default_scope='mmseg')), tmp_path / 'a.pt2', [(3, 3)])
+
+
+def test_sliding_windows_are_said(resnet18_file):
+    cfg = task_cfg('segmentor', backbone(resnet18_file))
+    assert engine.Network(engine.build(cfg), 'mmseg').note == ''
+    cfg.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(32, 32))
+    assert 'computes one window' in engine.Network(engine.build(cfg), 'mmseg').note
+
+
+def test_a_missing_extra_is_one_line(tasks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    for name in ('onnx', 'onnxruntime'):
+        monkeypatch.setitem(sys.modules, name, sys)  # as if they were there
+    out = tmp_path / 'model.onnx'
+    assert cli.run_tool(lambda: tool.main(['-', tasks['classifier'], str(out)])) == 1
+    error = capsys.readouterr().err
+    assert 'ONNX needs onnxscript' in error and "extra 'export'" in error
+    assert error.count('\n') == 1 and not out.exists()
+
+
+def test_the_matrix_replaces_its_table_and_resumes(tmp_path, monkeypatch, capsys):
+    matrix = load_tool('analysis_tools/export_matrix.py')
+    ran = []
+
+    def run(config, suffix, seconds):
+        ran.append((config, suffix))
+        if 'dino' in config:
+            return dict(reason='DINO does not\nexport | at all', seconds=1)
+        free = ['batch', 'height', 'width'] if suffix == '.onnx' else ['batch']
+        return dict(reason='', kind='detector', free=free, size=[64, 96], difference=2e-6,
+                    seconds=1)
+
+    monkeypatch.setattr(matrix, 'run_apart', run)
+    page, log = tmp_path / 'page.md', tmp_path / 'log.jsonl'
+    options = ['--log', str(log), '--out', str(page)]
+    with pytest.raises(LaunchError, match='--out: .*page.md has no lines'):
+        matrix.main(['configs/a.py', *options])
+    page.write_text(f'before\n{matrix.BEGIN}old\n{matrix.END}after\n')
+    matrix.main(['configs/a.py', *options])
+    matrix.main(['configs/a.py', 'configs/dino.py', *options])
+    assert [config for config, _ in ran] == ['configs/a.py'] * 2 + ['configs/dino.py'] * 2
+    text = page.read_text()
+    assert text.startswith('before\n') and text.endswith('after\n') and 'old' not in text
+    assert '| a | detector | batch varies, 64x96 | yes | 2e-06 |' in text
+    assert text.count('DINO does not export / at all') == 2
