@@ -68,6 +68,22 @@ def test_every_page_is_in_the_navigation():
     assert pages - named == set()
 
 
+def test_links_of_the_readme():
+    """The site's own are looked at when it is built."""
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    links = [link for link in re.findall(r'\]\(([^)\s#]+)', text) if '://' not in link]
+    assert len(links) > 20
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_readme_has_the_share_of_stock_configs_that_was_measured():
+    share = re.compile(r'(\d+) of (\d+) configs whose stock model runs here')
+    measured = share.search((DOCS / 'configs.md').read_text(encoding='utf-8'))
+    said = share.search((ROOT / 'README.md').read_text(encoding='utf-8'))
+    assert measured and said
+    assert said.groups() == measured.groups(), 'write the measured figures into README.md'
+
+
 def test_errors_in_the_help_for_trouble_exist():
     page = (DOCS / 'troubleshooting.md').read_text(encoding='utf-8')
     own = set(re.findall(r'`(\w+(?:Error|Changed|Mismatch|Checkpoint|Fit))`', page))
