@@ -16,6 +16,7 @@ from tests.conftest import build
 from .conftest import REPO, draw_coco, load_tool
 
 PAGE = (REPO / 'docs' / 'first_detector.md').read_text(encoding='utf-8')
+LOGGING = (REPO / 'docs' / 'logging.md').read_text(encoding='utf-8')
 LABELS = (REPO / 'docs' / 'labels.md').read_text(encoding='utf-8')
 
 
@@ -30,7 +31,7 @@ def smaller(text: str, *pairs: tuple[str, str]) -> str:
     return text
 
 
-def test_the_page_makes_a_detector_and_a_picture(tmp_path, monkeypatch, capsys):
+def test_the_page_makes_a_detector_and_a_picture(tmp_path, monkeypatch, capsys, run_command):
     monkeypatch.chdir(tmp_path)
     images = Path('data/mine/images')
     images.mkdir(parents=True)
@@ -39,6 +40,8 @@ def test_the_page_makes_a_detector_and_a_picture(tmp_path, monkeypatch, capsys):
         shutil.copy(images / 'ann.json', f'data/mine/{name}')
     (images / 'ann.json').unlink()
     config, inference = blocks(PAGE, 'python')
+    # A checkout that is not installed has no `mmprotune::`.
+    config = config.replace('mmprotune::', f'{REPO}/configs/')
     Path('my_detector.py').write_text(smaller(
         config, ("('person', )", "('square', 'other')"), ('(320, 320) ', '(64, 64) '),
         ('epochs, rate = 4, 6,', 'epochs, rate = 2, 1,')))
@@ -61,6 +64,14 @@ def test_the_page_makes_a_detector_and_a_picture(tmp_path, monkeypatch, capsys):
     Path('my_detector.py').write_text(Path('work_dirs/my_detector/my_detector.py').read_text())
     exec(smaller(inference, ('epoch_6', 'epoch_1')), {})
     assert len(list(Path('predictions/vis').iterdir())) == 4
+
+    # docs/logging.md goes on with the same run.
+    for block in blocks(LOGGING, 'bash'):
+        if 'analysis_tools' in block:
+            done = run_command('bash', '-c', f'python() {{ "$PYTHON" -W ignore "$@"; }}; {block}')
+            assert done.returncode == 0, done.stderr
+    assert len(list(Path('shown').iterdir())) == 4
+    assert Path('losses.png').exists()
 
 
 def test_names_in_a_json_file(tmp_path, run_command):
