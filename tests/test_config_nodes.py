@@ -38,6 +38,15 @@ def test_without_pretrained_of_classes_and_whole_models():
     assert cfg.model.backbone['freeze'] == 'all'
 
 
+@pytest.mark.parametrize('host', ['mmseg', 'mmpretrain'])
+@pytest.mark.parametrize('given', [dict(pretrained=True), {}])
+def test_without_pretrained_of_timm(host, given):
+    """mmseg's wrapper downloads where nothing is said."""
+    cfg = without_pretrained(Config(dict(model=dict(backbone=dict(
+        type=f'{host}.TIMMBackbone', model_name='resnet18', **given)))))
+    assert cfg.model.backbone.pretrained is False
+
+
 def test_classes_come_from_wherever_a_data_set_has_them(tmp_path):
     from mmengine.registry import init_default_scope
 

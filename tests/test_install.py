@@ -69,6 +69,13 @@ elif args[:2] == ['-m', 'pip']:
                 wheel.writestr('mmcv/_ext.cpython.so', os.environ['MMCV_WITH_OPS'])
     elif wheels:
         shutil.copy(wheels[0], state / 'mmcv.whl')
+    elif 'requirements/docs.txt' in args:
+        (state / 'mkdocs').touch()
+elif args[:2] == ['-m', 'mkdocs']:
+    note(' '.join(args[1:]))
+elif args[:1] == ['-c'] and 'mkdocstrings_handlers' in args[1]:
+    if not (state / 'mkdocs').exists():
+        fail("ModuleNotFoundError: No module named 'material'")
 elif args[-2:-1] == ['-c'] and 'mmcv.ops' in args[-1]:
     if not (state / 'mmcv.whl').exists() or not zipfile.is_zipfile(state / 'mmcv.whl'):
         fail('ImportError: mmcv._ext')
@@ -333,6 +340,18 @@ def test_tests_get_their_arguments(checkout):
     result = checkout.run('run_tests.sh', '-c', os.devnull, '-k', 'two', 'test_it.py')
     assert result.returncode == 0, result.stdout + result.stderr
     assert '1 passed, 1 deselected' in result.stdout
+
+
+def test_the_site_installs_what_it_takes_once(checkout):
+    checkout.install()
+    for calls in (['pip install', 'mkdocs build --strict'], ['mkdocs build --strict']):
+        result = checkout.run('docs.sh')
+        assert result.returncode == 0, result.stderr
+        assert checkout.calls() == calls
+    assert checkout.run('docs.sh', 'serve').returncode == 0
+    assert checkout.calls() == ['mkdocs serve --strict']
+    assert "unexpected 'publish': expected build or serve" in refusal(
+        checkout.run('docs.sh', 'publish'))
 
 
 def test_current_environment_is_used_as_it_is(checkout):

@@ -220,7 +220,10 @@ def test_extras(wheel_metadata):
     lists = requirements_by_extra(wheel_metadata)
     assert lists[None] == {'mmengine', 'numpy', 'torch', 'torchvision', 'setuptools'}
     assert set(lists) == {None, 'det', 'seg', 'cls', 'robust', 'demo', 'export', 'hub', 'tests',
-                          'all'}
+                          'docs', 'all'}
+    # The site's, in the versions that tools/docs.sh installs, for the Pythons that have them.
+    assert lists['docs'] == {pin.name for pin in pins('docs')
+                             if pin.marker is None or pin.marker.evaluate()}
     assert 'mmdet' in lists['det']
     assert {'mmsegmentation', 'ftfy', 'regex'} <= lists['seg']
     assert 'mmpretrain' in lists['cls']
@@ -229,7 +232,8 @@ def test_extras(wheel_metadata):
     assert lists['demo'] == {'gradio'}
     assert lists['export'] == {'onnx', 'onnxscript', 'onnxruntime'}
     assert lists['all'] == set().union(
-        *(names for extra, names in lists.items() if extra not in (None, 'demo', 'export', 'all')))
+        *(names for extra, names in lists.items()
+          if extra not in (None, 'demo', 'export', 'docs', 'all')))
 
 
 def test_nothing_asks_pip_for_mmcv(wheel_metadata):
@@ -237,9 +241,9 @@ def test_nothing_asks_pip_for_mmcv(wheel_metadata):
     assert 'mmcv' not in set().union(*requirements_by_extra(wheel_metadata).values())
 
 
-def pins() -> list[Requirement]:
+def pins(*names: str) -> list[Requirement]:
     lines = []
-    for name in ('runtime', 'tests', 'build', 'mmcv'):
+    for name in names or ('runtime', 'tests', 'build', 'mmcv'):
         lines += (ROOT / 'requirements' / f'{name}.txt').read_text(encoding='utf-8').splitlines()
     return [Requirement(line.split(' --hash')[0]) for line in lines if line and line[0] != '#']
 
@@ -251,7 +255,7 @@ def test_requirements_are_pinned_once_for_each_python():
         names = [pin.name for pin in chosen]
         assert len(names) == len(set(names)), f'Python {python}: a package is pinned twice'
         assert set(names) == {pin.name for pin in pins()}, f'Python {python}: a pin is missing'
-        assert all(str(pin.specifier).startswith('==') for pin in chosen)
+        assert all(str(pin.specifier).startswith('==') for pin in [*chosen, *pins('docs')])
 
 
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / '.venv', reason='not in the .venv of install.sh')

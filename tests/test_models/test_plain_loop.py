@@ -12,7 +12,7 @@ from mmprotune.checkpoint import FingerprintMismatch
 from tests.conftest import wake
 
 torchvision = pytest.importorskip('torchvision')
-README = Path(__file__).parents[2] / 'README.md'
+PAGE = Path(__file__).parents[2] / 'docs' / 'plain_loop.md'
 
 
 def resnet18(seed: int = 0) -> nn.Module:
@@ -28,8 +28,8 @@ def batches(count: int = 3):
             for _ in range(count)]
 
 
-def test_the_loop_of_the_readme(tmp_path, monkeypatch):
-    code, = re.findall(r'^```python\n(import torch\n.*?)^```$', README.read_text(encoding='utf-8'),
+def test_the_loop_of_the_page(tmp_path, monkeypatch):
+    code, = re.findall(r'^```python\n(import torch\n.*?)^```$', PAGE.read_text(encoding='utf-8'),
                        re.DOTALL | re.MULTILINE)
     assert code.count("weights='DEFAULT'") == 1
     monkeypatch.chdir(tmp_path)

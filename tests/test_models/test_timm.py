@@ -43,3 +43,24 @@ def test_timm(host, name, arguments, size, layout, stride, extra):
     sum(feature.square().mean() for feature in model.train()(x)).backward()
     assert all(p.grad is not None for p in model.prompts.parameters())
     assert all(p.grad is None for p in model.backbone.parameters())
+
+
+def test_a_local_file_of_timms_own(tmp_path):
+    """As docs/foundation_models.md names one: what it fills is frozen, and prompts stand on it."""
+    import timm
+    arguments = dict(SMALL, img_size=56)
+    torch.manual_seed(1)
+    donor = timm.create_model('vit_small_patch14_reg4_dinov2', **arguments)
+    torch.save(donor.state_dict(), tmp_path / 'dinov2.pth')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = build(dict(type='mmprotune.PromptedBackbone', backbone=dict(
+            type='mmseg.TIMMBackbone', model_name='vit_small_patch14_reg4_dinov2',
+            features_only=True, out_indices=(0, 1, 2, 3), pretrained=True,
+            pretrained_cfg_overlay=dict(file=str(tmp_path / 'dinov2.pth')), **arguments)))
+    frozen = model.frozen_tensors()
+    expected = donor.state_dict()
+    found = [name for name in frozen if name.partition('model.model.')[2] in expected]
+    assert len(found) > 50
+    for name in found:
+        assert torch.equal(frozen[name], expected[name.partition('model.model.')[2]]), name
+    assert len(model.prompts) == 4
