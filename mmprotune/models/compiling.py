@@ -122,7 +122,9 @@ class Compiled:
 
     def _give_up(self, owner: nn.Module, x: Tensor, error: Exception) -> None:
         name = type(owner.backbone).__name__
-        reason = f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'
+        # Two lines: which backend, and what went wrong in it.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f'{type(error).__name__}: {" ".join(lines[:2])}'
         # A size too many says nothing against those that are compiled.
         if 'recompile' in type(error).__name__.lower():
             if not self._said:
