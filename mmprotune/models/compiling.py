@@ -56,6 +56,15 @@ def check_compile(value: bool | Mapping) -> None:
     if budget != 1 and _partitioner(activation_memory_budget=1.) is None:
         raise ValueError(f'compile.activation_memory_budget={budget} needs a newer PyTorch than '
                          f'{torch.__version__}, which has no such setting')
+    given = {name: value[name] for name in ('backend', 'mode', 'options')
+             if value.get(name) is not None}
+    if given:
+        try:
+            torch.compile(_network, **given)  # looks at these, and compiles nothing yet
+        except Exception as error:
+            keys = ', '.join(f'compile.{name}={v!r}' for name, v in given.items())
+            raise ValueError(
+                f'{keys}: torch.compile refuses that: {_first_lines(error)}') from error
 
 
 class Compiled:
@@ -93,7 +102,11 @@ class Compiled:
             return run_folded(owner.backbone, x, *args, **kwargs)
         from torch._dynamo import exc  # takes a second, and only who compiles needs it
         if self._run is None:
-            self._run = self._compile()
+            try:
+                self._run = self._compile()
+            except RuntimeError as error:  # not on this platform
+                self._give_up(owner, x, error)
+                return run_folded(owner.backbone, x, *args, **kwargs)
         try:
             # What goes wrong in the backward pass's half shall do so here, too.
             with _partitioner(
@@ -122,11 +135,9 @@ class Compiled:
 
     def _give_up(self, owner: nn.Module, x: Tensor, error: Exception) -> None:
         name = type(owner.backbone).__name__
-        # Two lines: which backend, and what went wrong in it.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = f'{type(error).__name__}: {" ".join(lines[:2])}'
+        reason = _first_lines(error)
         # A size too many says nothing against those that are compiled.
-        if 'recompile' in type(error).__name__.lower():
+        if 'LimitHit' in type(error).__name__:
             if not self._said:
                 self._said = True
                 print_log(f'compile: {name} would be compiled once more for images of '
@@ -136,6 +147,12 @@ class Compiled:
         self.failed, self._run = True, None
         print_log(f'compile: {name} cannot be compiled, so it runs as without compile ({reason})',
                   logger='current', level=logging.WARNING)
+
+
+def _first_lines(error: Exception) -> str:
+    """Which backend failed, and how: what the compiler says in its first two lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f'{type(error).__name__}: {" ".join(lines[:2])}'
 
 
 def _network(owner: nn.Module, x: Tensor, args: tuple, kwargs: dict):

@@ -160,7 +160,7 @@ def test_activation_checkpointing_of_the_host(name):
 
 @pytest.mark.parametrize('name', ['resnet', 'swin', 'vit'])
 def test_compile(name):
-    """torch.compile records the ordinary operators; nothing folds, nothing breaks."""
+    """A model that somebody else compiles: nothing folds, nothing breaks."""
     model = prompted(SMALL[name])
     naive = ordinary(model)
     x = images(1, 3, 96, 64)

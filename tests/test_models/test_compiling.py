@@ -68,6 +68,9 @@ def log(caplog):
     (dict(options=['a']), TypeError, 'compile.options must be'),
     (dict(mode='default', options=dict()), ValueError, 'compile.mode'),
     (dict(activation_memory_budget='half'), TypeError, 'compile.activation_memory_budget'),
+    (dict(backend='nonsense'), ValueError, "compile.backend='nonsense': torch.compile refuses"),
+    (dict(mode='nonsense'), ValueError, "compile.mode='nonsense': torch.compile refuses"),
+    (dict(options=dict(nonsense=1)), ValueError, "compile.options={'nonsense': 1}: torch.compile"),
     (dict(activation_memory_budget=1.5), ValueError, 'expected 0 to 1, got 1.5'),
 ])
 def test_wrong_values_name_the_key(value, error, message):
