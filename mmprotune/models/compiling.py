@@ -67,6 +67,10 @@ def check_compile(value: bool | Mapping) -> None:
                 f'{keys}: torch.compile refuses that: {_first_lines(error)}') from error
 
 
+class _NoCompiler(Exception):
+    """There is no ``torch.compile`` here."""
+
+
 class Compiled:
     """Runs the network of a prompted backbone, compiled when it is first run.
 
@@ -101,19 +105,16 @@ class Compiled:
         if self.failed or not self._suits(owner):
             return run_folded(owner.backbone, x, *args, **kwargs)
         from torch._dynamo import exc  # takes a second, and only who compiles needs it
-        if self._run is None:
-            try:
-                self._run = self._compile()
-            except RuntimeError as error:  # not on this platform
-                self._give_up(owner, x, error)
-                return run_folded(owner.backbone, x, *args, **kwargs)
+        limit = getattr(exc, 'FailOnRecompileLimitHit', exc.TorchDynamoException)
         try:
+            if self._run is None:
+                self._run = self._compile()
             # What goes wrong in the backward pass's half shall do so here, too.
             with _partitioner(
                     activation_memory_budget=self.options.get('activation_memory_budget'),
                     force_non_lazy_backward_lowering=True) or contextlib.nullcontext():
                 return self._run(owner, x, args, kwargs)
-        except exc.TorchDynamoException as error:
+        except (exc.TorchDynamoException, limit, _NoCompiler) as error:
             # If the network is wrong, this says so as it does when it is not compiled.
             outputs = run_folded(owner.backbone, x, *args, **kwargs)
             self._give_up(owner, x, error)
@@ -131,7 +132,10 @@ class Compiled:
         options.setdefault('fullgraph', True)
         if 'isolate_recompiles' in inspect.signature(torch.compile).parameters:
             options['isolate_recompiles'] = True  # of other backbones
-        return torch.compile(_network, **options)
+        try:
+            return torch.compile(_network, **options)
+        except RuntimeError as error:  # not on this platform
+            raise _NoCompiler(str(error)) from error
 
     def _give_up(self, owner: nn.Module, x: Tensor, error: Exception) -> None:
         name = type(owner.backbone).__name__

@@ -187,6 +187,18 @@ def test_a_size_too_many_runs_as_it_is(log):
     assert '(1, 3, 64, 128)' in message
 
 
+def test_where_there_is_no_compiler_it_runs_as_it_is(log, monkeypatch):
+    def compile_(*args, **kwargs):
+        raise RuntimeError('not on this Python')
+
+    model = small(compile=True)
+    monkeypatch.setattr(torch, 'compile', compile_)
+    with torch.no_grad():
+        model(images(1, 3, 64, 64))
+    message, = said(log)
+    assert 'not on this Python' in message
+
+
 def test_an_error_of_the_network_is_its_own(log):
     model = small(compile=dict(backend='eager'))
     norm = next(m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d))
