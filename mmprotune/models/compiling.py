@@ -56,6 +56,19 @@ def check_compile(value: bool | Mapping) -> None:
     if budget != 1 and _partitioner(activation_memory_budget=1.) is None:
         raise ValueError(f'compile.activation_memory_budget={budget} needs a newer PyTorch than '
                          f'{torch.__version__}, which has no such setting')
+    given = {name: value[name] for name in ('backend', 'mode', 'options')
+             if value.get(name) is not None}
+    if given:
+        try:
+            torch.compile(_network, **given)  # looks at these, and compiles nothing yet
+        except Exception as error:
+            keys = ', '.join(f'compile.{name}={v!r}' for name, v in given.items())
+            raise ValueError(
+                f'{keys}: torch.compile refuses that: {_first_lines(error)}') from error
+
+
+class _NoCompiler(Exception):
+    """There is no ``torch.compile`` here."""
 
 
 class Compiled:
@@ -92,15 +105,16 @@ class Compiled:
         if self.failed or not self._suits(owner):
             return owner.backbone(x, *args, **kwargs)
         from torch._dynamo import exc  # takes a second, and only who compiles needs it
-        if self._run is None:
-            self._run = self._compile()
+        limit = getattr(exc, 'FailOnRecompileLimitHit', exc.TorchDynamoException)
         try:
+            if self._run is None:
+                self._run = self._compile()
             # What goes wrong in the backward pass's half shall do so here, too.
             with _partitioner(
                     activation_memory_budget=self.options.get('activation_memory_budget'),
                     force_non_lazy_backward_lowering=True) or contextlib.nullcontext():
                 return self._run(owner, x, args, kwargs)
-        except exc.TorchDynamoException as error:
+        except (exc.TorchDynamoException, limit, _NoCompiler) as error:
             # If the network is wrong, this says so as it does when it is not compiled.
             outputs = owner.backbone(x, *args, **kwargs)
             self._give_up(owner, x, error)
@@ -118,13 +132,16 @@ class Compiled:
         options.setdefault('fullgraph', True)
         if 'isolate_recompiles' in inspect.signature(torch.compile).parameters:
             options['isolate_recompiles'] = True  # of other backbones
-        return torch.compile(_network, **options)
+        try:
+            return torch.compile(_network, **options)
+        except RuntimeError as error:  # not on this platform
+            raise _NoCompiler(str(error)) from error
 
     def _give_up(self, owner: nn.Module, x: Tensor, error: Exception) -> None:
         name = type(owner.backbone).__name__
-        reason = f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'
+        reason = _first_lines(error)
         # A size too many says nothing against those that are compiled.
-        if 'recompile' in type(error).__name__.lower():
+        if 'LimitHit' in type(error).__name__:
             if not self._said:
                 self._said = True
                 print_log(f'compile: {name} would be compiled once more for images of '
@@ -134,6 +151,12 @@ class Compiled:
         self.failed, self._run = True, None
         print_log(f'compile: {name} cannot be compiled, so it runs as without compile ({reason})',
                   logger='current', level=logging.WARNING)
+
+
+def _first_lines(error: Exception) -> str:
+    """Which backend failed, and how: what the compiler says in its first two lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f'{type(error).__name__}: {" ".join(lines[:2])}'
 
 
 def _network(owner: nn.Module, x: Tensor, args: tuple, kwargs: dict):

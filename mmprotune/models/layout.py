@@ -46,6 +46,11 @@ def token_grid(length: int, image: tuple[int, int], stride: float,
     cells = length - extra
     if cells < 1:
         return None
+    step = int(stride)
+    if step == stride and image[0] % step == 0 and image[1] % step == 0 and \
+            (image[0] // step) * (image[1] // step) == cells:
+        # No other grid is nearer; and a compiler can record this, whatever the size.
+        return image[0] // step, image[1] // step
     options = []
     for side, other in ((0, 1), (1, 0)):
         exact = image[side] / stride

@@ -158,7 +158,7 @@ def test_activation_checkpointing_of_the_host(name):
 
 @pytest.mark.parametrize('name', ['resnet', 'swin', 'vit'])
 def test_compile(name):
-    """torch.compile records the ordinary operators; nothing breaks."""
+    """A model that somebody else compiles: nothing breaks."""
     model = prompted(SMALL[name])
     naive = ordinary(model)
     x = images(1, 3, 96, 64)
