@@ -1,4 +1,6 @@
 """Packages the plugin, with its configs and tools where MIM looks for them."""
+from __future__ import annotations
+
 import os
 import re
 import shutil
@@ -16,6 +18,35 @@ def read_version() -> str:
     """Reads the version without importing the package, which would need torch."""
     source = (ROOT / 'mmprotune' / 'version.py').read_text(encoding='utf-8')
     return re.search(r"^__version__ = '([^']+)'$", source, re.MULTILINE).group(1)
+
+
+def read_repository() -> str | None:
+    """Where the source lives: ``repository-code`` of CITATION.cff, once it has an address."""
+    source = (ROOT / 'CITATION.cff').read_text(encoding='utf-8')
+    found = re.search(r'^repository-code: *[\'"]?([^\s\'"]+)', source, re.MULTILINE)
+    return found and found.group(1).rstrip('/')
+
+
+def read_description() -> str:
+    """The README for PyPI, which has none of the files beside it and no anchors in its pages.
+
+    Links to them are made absolute; while the source has no address, their text stays.
+    """
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    repository = read_repository()
+
+    def absolute(match: re.Match) -> str:
+        image, label, target = match.groups()
+        if re.match(r'https?://', target):
+            return match.group()
+        if repository is None:
+            return label
+        page = '' if target.startswith('#') else f'/{"raw" if image else "blob"}/HEAD/'
+        return f'{image}[{label}]({repository}{page}{target})'
+
+    parts = re.split(r'(^```.*?^```$)', text, flags=re.DOTALL | re.MULTILINE)
+    parts[::2] = [re.sub(r'(!?)\[([^\]]*)\]\(([^)\s]+)\)', absolute, part) for part in parts[::2]]
+    return ''.join(parts)
 
 
 class BuildWithMim(build_py):
@@ -107,17 +138,29 @@ setup(
     version=read_version(),
     description='Pro-tuning of frozen vision backbones, for MMDetection, MMSegmentation and '
     'MMPretrain',
-    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description=read_description(),
     long_description_content_type='text/markdown',
     author='mmprotune contributors',
+    project_urls={
+        'Paper': 'https://arxiv.org/abs/2207.14381',
+        **({} if read_repository() is None else {
+            'Source': read_repository(),
+            'Documentation': f'{read_repository()}/tree/HEAD/docs',
+            'Changelog': f'{read_repository()}/blob/HEAD/CHANGELOG.md'})},
     license='Apache-2.0',
     license_files=['LICENSE'],
     classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Developers',
         'Intended Audience :: Science/Research',
-        'Programming Language :: Python :: 3',
+        'Operating System :: POSIX :: Linux',
+        'Programming Language :: Python :: 3 :: Only',
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in range(9, 14)),
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
     ],
-    keywords='prompt tuning, parameter-efficient fine-tuning, object detection, segmentation',
+    keywords='prompt tuning, parameter-efficient fine-tuning, object detection, '
+    'semantic segmentation, image classification, openmmlab',
     packages=find_packages(include=['mmprotune', 'mmprotune.*']),
     python_requires='>=3.9,<3.14',  # MMEngine needs pkgutil.find_loader
     install_requires=of_stack([

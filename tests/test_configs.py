@@ -134,6 +134,21 @@ def test_methods_differ_in_the_backbone_only():
     assert compared > len(families)
 
 
+def test_partners():
+    """As configs/README.md has it: a model alone, with both its partners, or for the benchmark."""
+    families = collections.defaultdict(set)
+    for path in RECIPES:
+        match = NAME.fullmatch(path.stem)
+        families[match['model'], match['backbone'], match['data']].add(match['method'])
+    known = ({'protune'}, {'protune', 'frozen', 'full'}, {'full'})
+    assert {family: found for family, found in families.items() if found not in known} == {}
+    readme = (ROOT / 'configs' / 'README.md').read_text()
+    listed = readme.partition('| config, to compare methods with |')[2].partition('\n\n')[0]
+    alone = {path.stem for path in RECIPES if families[
+        tuple(NAME.fullmatch(path.stem)[key] for key in ('model', 'backbone', 'data'))] == {'full'}}
+    assert alone == set(re.findall(r'\[([\w-]+)\]', listed))
+
+
 @pytest.mark.parametrize('family', ['mask_rcnn_r18_{}_shapes', 'upernet_swin-t_{}_ade20k'])
 def test_head_only_is_an_option_of_any_config(family):
     """As configs/README.md says, where there is no file for it."""

@@ -13,6 +13,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+import yaml
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
@@ -175,3 +176,27 @@ def test_the_checks_can_fail(capsys):
             check_options(cfg, [wrong])
     assert commands('A=1 python x.py \\\n  --a "b c"  # d\ncd e && f; g') == [
         ['A=1', 'python', 'x.py', '--a', 'b c'], ['cd', 'e'], ['f'], ['g']]
+
+
+# --- the forms and the workflow of the source's host ------------------------------------------
+
+
+def test_the_workflow_runs_what_a_change_has_to_pass():
+    workflow = yaml.safe_load((ROOT / '.github/workflows/ci.yml').read_text())
+    commands = [step['run'] for job in workflow['jobs'].values() for step in job['steps']
+                if 'run' in step]
+    assert commands == ['bash .ci/run'] and (ROOT / '.ci/run').is_file()
+
+
+def test_issue_forms_name_what_there_is():
+    forms = [path for path in (ROOT / '.github/ISSUE_TEMPLATE').glob('*.yml')
+             if path.name != 'config.yml']
+    assert forms
+    for path in forms:
+        form = yaml.safe_load(path.read_text())
+        assert form['name'] and form['description']
+        ids = [part['id'] for part in form['body'] if part['type'] != 'markdown']
+        assert len(ids) == len(set(ids)) and all('attributes' in part for part in form['body'])
+        assert any((part.get('validations') or {}).get('required') for part in form['body'])
+        for named in re.findall(r'[\w/]+\.(?:py|md)\b', path.read_text()):
+            assert (ROOT / named).is_file(), named

@@ -158,6 +158,12 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS
 assert mmprotune.__file__.startswith({str(site)!r}), mmprotune.__file__
 cfg = Config.fromfile({str(config)!r})
+from mmengine.registry import TRANSFORMS, init_default_scope
+from mmprotune.engine import cli
+init_default_scope('mmpretrain')
+open('photos.py', 'w').write("_base_ = 'mmprotune::_base_/cls_data.py'")
+for step in cli.load_config('photos.py').train_dataloader.dataset.pipeline:
+    TRANSFORMS.build(step)
 print(*(type(HOOKS.build(hook)).__name__ for hook in cfg.custom_hooks))
 """
     printed = run(sys.executable, '-W', 'ignore', '-c', script, cwd=tmp_path)
@@ -201,6 +207,49 @@ def test_version_and_python(wheel_metadata):
     assert wheel_metadata['Requires-Python'] in ('>=3.9,<3.14', '<3.14,>=3.9')
     assert wheel_metadata['License'] == 'Apache-2.0' or (
         wheel_metadata['License-Expression'] == 'Apache-2.0')
+
+
+def links(text: str) -> list[str]:
+    prose = re.sub(r'^```.*?^```$', '', text, flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r'\]\(([^)]+)\)', prose)
+
+
+def test_the_description_has_no_links_to_files_that_are_not_there(wheel_metadata):
+    text = wheel_metadata.get_payload(decode=True).decode('utf-8')
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert any(not link.startswith('http') for link in links(readme))
+    assert links(text) and all(link.startswith('https://') for link in links(text))
+    # Nothing else is lost: the code, and the words of the links.
+    assert re.sub(r'!?\[([^\]]*)\]\([^)]+\)', r'\1', text).strip() == \
+        re.sub(r'!?\[([^\]]*)\]\([^)]+\)', r'\1', readme).strip()
+
+
+def test_links_and_addresses_once_the_source_has_one(tmp_path):
+    tree = copy_tree(tmp_path / 'tree')
+    with open(tree / 'CITATION.cff', 'a') as file:
+        file.write("repository-code: 'https://example.org/mmprotune/'\n")
+    with open(tree / 'README.md', 'a') as file:
+        file.write('![a picture](docs/a.png) [above](#checkpoints)\n')
+    run(sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', tmp_path, cwd=tree)
+    found = email.message_from_string(
+        (tmp_path / 'mmprotune.egg-info' / 'PKG-INFO').read_text(encoding='utf-8'))
+    urls = dict(line.split(', ') for line in found.get_all('Project-URL'))
+    assert urls['Source'] == 'https://example.org/mmprotune'
+    assert urls['Changelog'] == 'https://example.org/mmprotune/blob/HEAD/CHANGELOG.md'
+    text = found.get_payload()
+    for link in ('[docs/sharing.md](https://example.org/mmprotune/blob/HEAD/docs/sharing.md)',
+                 '![a picture](https://example.org/mmprotune/raw/HEAD/docs/a.png)',
+                 '[above](https://example.org/mmprotune#checkpoints)',
+                 '](https://arxiv.org/abs/2207.14381)'):
+        assert link in text
+
+
+def test_what_an_index_shows(wheel_metadata):
+    assert 'Paper, https://arxiv.org/abs/2207.14381' in wheel_metadata.get_all('Project-URL')
+    assert wheel_metadata['Author'] and wheel_metadata['Keywords']
+    shown = set(wheel_metadata.get_all('Classifier'))
+    for minor in range(9, 14):  # as Requires-Python
+        assert f'Programming Language :: Python :: 3.{minor}' in shown
 
 
 def requirements_by_extra(wheel_metadata) -> dict[str, set[str]]:

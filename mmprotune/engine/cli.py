@@ -21,6 +21,7 @@ from mmengine.logging import MMLogger
 from mmprotune.checkpoints.resuming import newest
 from mmprotune.config_nodes import (
     FILE_KEYS,
+    dicts_in,
     file_of,
     node_of,
     nodes_in,
@@ -162,7 +163,7 @@ def load_config(name: str) -> Config:
         if '::' not in name:
             if not osp.isfile(name):
                 raise LaunchError(f'config: no file {name!r}')
-            return Config.fromfile(name)
+            return _without_own_scope(Config.fromfile(name))
 
         package, _, path = name.partition('::')
         if '/' not in path:
@@ -171,9 +172,22 @@ def load_config(name: str) -> Config:
         if importlib.util.find_spec(package) is None:
             raise LaunchError(f'config {name!r}: the package {package!r} is not installed')
         try:
-            return get_config(name if name.endswith('.py') else f'{name}.py')
+            return _without_own_scope(
+                get_config(name if name.endswith('.py') else f'{name}.py'))
         except (AssertionError, FileNotFoundError) as error:
             raise LaunchError(f'config {name!r} is not shipped by {package!r}: {error}') from error
+
+
+def _without_own_scope(cfg: Config) -> Config:
+    """Takes off the scope that MMEngine puts on what is inherited by ``mmprotune::…``.
+
+    What is ours says so in its ``type``; all else in those files is of the host whose config they
+    are part of, and would be looked for here alone.
+    """
+    for node in dicts_in(cfg._cfg_dict):
+        if node.get('_scope_') == 'mmprotune':
+            del node['_scope_']
+    return cfg
 
 
 def wrap_config(cfg: Config, options: dict | None = None) -> Config:

@@ -220,3 +220,13 @@ def test_group_is_left_at_the_end(tmp_path):
         'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     assert cli.run_tool(lambda: None) == 0
     assert not distributed.is_initialized()
+
+
+def test_types_of_inherited_configs_are_the_hosts(tmp_path):
+    """MMEngine gives what stands on `mmprotune::…` this package's scope, and lists, too."""
+    file = tmp_path / 'config.py'
+    file.write_text("steps = [dict(type='PackInputs', _scope_='mmprotune'), "
+                    "dict(type='Resize', _scope_='mmdet', inner=dict(type='A', "
+                    "_scope_='mmprotune'))]")
+    assert cli.load_config(str(file)).steps == [
+        dict(type='PackInputs'), dict(type='Resize', _scope_='mmdet', inner=dict(type='A'))]

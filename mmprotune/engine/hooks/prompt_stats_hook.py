@@ -17,13 +17,16 @@ from mmprotune.registry import HOOKS
 class PromptStatsHook(Hook):
     """Writes how much the prompts do into the message hub, from where every visualizer shows it.
 
-    Per stage, in the iterations that are logged:
+    Per stage, every ``interval`` iterations and in the last one:
 
     - ``train/prompt/<stage>/ratio``: norm of the prompt over the norm of the feature it is added
       to, both over the whole batch; no unit;
     - ``train/prompt/<stage>/grad_norm``: L2 norm of the prompt block's gradient at the optimizer
       step, after averaging over processes and after clipping. Where gradients are accumulated, or
       a scaler leaves a step out, it is the next step's.
+
+    After training, the log has the last ratios in one line, also where no visualizer was to write
+    so late (``LoggerHook`` leaves iterations out that are no multiple of its own interval).
 
     Before training, the log says once what trains and what does not: prompts, the rest of the
     backbone and the rest of the model, with their learning rates and weight decays; and warns when
@@ -43,6 +46,7 @@ class PromptStatsHook(Hook):
         self._parts: list[tuple[str, nn.Module]] = []
         self._open = contextlib.ExitStack()
         self._norms: list[tuple[str, dict]] = []
+        self._ratios: dict[str, float] = {}
         self._gradients: dict[str, Tensor] = {}
         self._waits = False
         self._handles: list = []
@@ -67,7 +71,7 @@ class PromptStatsHook(Hook):
         self._handles = [o.register_step_pre_hook(self._note_gradients) for o in optimizers]
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        if self.every_n_train_iters(runner, self.interval):
+        if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
             self._norms = [(prefix, self._open.enter_context(part.record_norms()))
                            for prefix, part in self._parts]
             self._waits = True
@@ -76,8 +80,9 @@ class PromptStatsHook(Hook):
         self._open.close()
         for prefix, norms in self._norms:
             for stage, (prompt, feature) in norms.items():
-                runner.message_hub.update_scalar(f'train/prompt/{prefix}{stage}/ratio',
-                                                 (prompt / feature.clamp_min(1e-12)).item())
+                ratio = (prompt / feature.clamp_min(1e-12)).item()
+                runner.message_hub.update_scalar(f'train/prompt/{prefix}{stage}/ratio', ratio)
+                self._ratios[prefix + stage] = ratio
         for name, norm in self._gradients.items():
             runner.message_hub.update_scalar(f'train/prompt/{name}/grad_norm', norm.item())
         if self._gradients:
@@ -86,6 +91,9 @@ class PromptStatsHook(Hook):
 
     def after_train(self, runner) -> None:
         self._open.close()
+        if self._ratios:
+            told = ', '.join(f'{name} {ratio:.3g}' for name, ratio in self._ratios.items())
+            runner.logger.info(f'norm of the prompt over that of its feature: {told}')
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -219,7 +219,20 @@ def test_gradients_are_those_of_the_next_step(cfg):
     for stage in range(1, 5):
         values, _ = scalars[f'train/prompt/stage{stage}/grad_norm'].data
         assert values.tolist() == pytest.approx([Witness.expected[f'stage{stage}/grad_norm']])
-        assert len(scalars[f'train/prompt/stage{stage}/ratio'].data[0]) == 1
+        assert len(scalars[f'train/prompt/stage{stage}/ratio'].data[0]) == 2  # and the last one
+
+
+def test_a_run_shorter_than_the_interval_tells_its_last_iteration(cfg, tmp_path):
+    cfg.custom_hooks[2].pop('interval', None)
+    cfg.custom_hooks.append(dict(type='Witness'))
+    scalars = run(cfg).message_hub.log_scalars
+    ratios = [scalars[f'train/prompt/stage{stage}/ratio'].data[0] for stage in range(1, 5)]
+    assert [len(values) for values in ratios] == [1] * 4
+    assert ratios[3][0] == pytest.approx(Witness.expected['stage4/ratio'], rel=1e-4)
+    line, = (line for line in next(tmp_path.glob('*/*.log')).read_text().splitlines()
+             if 'norm of the prompt over that of its feature' in line)
+    assert line.endswith(', '.join(
+        f'stage{stage} {values[0]:.3g}' for stage, values in enumerate(ratios, 1)))
 
 
 def told(folder) -> str:
