@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from mmprotune import FrozenTrunk
@@ -36,21 +37,21 @@ def load_demo():
     return module
 
 
-def shoot(address: str, photo: str, browser: str | None) -> bytes:
-    """The page after two runs on a photo: the first one also finds out what can be shared."""
+def shoot(address: str, photo: str, browser: str | None, pictures: int) -> bytes:
+    """The page after a run on a photo, which shows so many pictures more."""
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=['--no-sandbox'])
         view = chromium.new_page(viewport=dict(width=SIZE[0], height=SIZE[1]))
         view.goto(address)
         view.locator('input[type=file]').first.set_input_files(photo)
-        view.locator('button[aria-label="Remove Image"], button[title="Clear"], '
-                     '[data-testid="image"] img').first.wait_for()
-        for _ in range(2):
-            view.get_by_role('button', name='Run').click()
-            view.wait_for_timeout(500)
-            view.locator('.progress-text, .eta-bar').first.wait_for(state='hidden', timeout=300_000)
-        view.wait_for_timeout(1500)
+        view.locator('[data-testid="image"] img').first.wait_for()
+        before = view.evaluate('document.images.length')
+        view.get_by_role('button', name='Run').click()
+        view.wait_for_function(
+            'most => document.images.length >= most && [...document.images].every(i => i.complete)',
+            arg=before + pictures, timeout=300_000)
+        view.wait_for_timeout(2000)  # they fade in
         picture = view.screenshot(full_page=True)
         chromium.close()
     return picture
@@ -62,10 +63,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     trunk = FrozenTrunk(device='cpu')
     for name, file in demo.named_tasks(args.tasks).items():
         trunk.add(name, file)
-    blocks, address = demo.serve(
-        demo.import_gradio(), demo.Page(trunk), '127.0.0.1', 0, wait=False)
+    page = demo.Page(trunk)
+    with Image.open(args.photo) as image:  # the first run also finds out what can be shared
+        found = page.look(np.asarray(image.convert('RGB')), page.tasks)
+    blocks, address = demo.serve(demo.import_gradio(), page, '127.0.0.1', 0, wait=False)
     try:
-        picture = shoot(address, args.photo, args.browser)
+        picture = shoot(address, args.photo, args.browser, len(found.overlays) + len(found.maps))
     finally:
         blocks.close()
     args.out.parent.mkdir(parents=True, exist_ok=True)
