@@ -49,14 +49,17 @@ def test_the_page_makes_a_detector_and_a_picture(tmp_path, monkeypatch, capsys, 
     torch.save(build(dict(type='mmdet.ResNet', depth=18)).state_dict(), weights)
     file = f'model.backbone.backbone.init_cfg.checkpoint={weights}'
     assert file.partition('=')[0] in PAGE
+    options = ['--cfg-options', file, *(
+        f'{loader}_dataloader.{key}' for loader in ('train', 'val', 'test')
+        for key in ('num_workers=0', 'persistent_workers=False'))]
 
-    load_tool('train.py').main(['my_detector.py', '--cfg-options', file])
+    load_tool('train.py').main(['my_detector.py', *options])
     saved = torch.load('work_dirs/my_detector/epoch_1.pth', weights_only=True)['state_dict']
     assert any(name.startswith('backbone.prompts.') for name in saved)
     assert not any(name.startswith('backbone.backbone.') for name in saved)
     capsys.readouterr()
     load_tool('test.py').main(['my_detector.py', 'work_dirs/my_detector/epoch_1.pth',
-                               '--show-dir', 'drawn', '--cfg-options', file])
+                               '--show-dir', 'drawn', *options])
     drawn = list(Path('work_dirs/my_detector').glob('*/drawn/*'))
     assert {path.name for path in drawn} == {f'{i}.png' for i in range(4)}
 
