@@ -5,26 +5,18 @@ The registries are children of MMEngine's roots, in the scope ``mmprotune``.
 ``locations`` lets a type written ``mmprotune.X`` import its module from any host's scope, so that
 no config needs ``custom_imports``.
 """
-from importlib import metadata
 from importlib.util import find_spec
 
 from mmengine import registry as _roots
 from mmengine.config.utils import MODULE2PACKAGE
 
-
-def _is_distribution(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
+from .version import is_distribution
 
 # MMEngine looks `mmseg::…` up under the distribution's name, mmsegmentation. A host that comes from
 # another distribution (a fork) or from a source tree is there all the same: by its module's name it
 # is found, where MMEngine would refuse it, or go and install the other distribution over it.
 for _module, _package in list(MODULE2PACKAGE.items()):
-    if _module != _package and not _is_distribution(_package) and find_spec(_module) is not None:
+    if _module != _package and not is_distribution(_package) and find_spec(_module) is not None:
         MODULE2PACKAGE[_module] = _module
 
 # The name of a distribution is expected. Where that is installed in editable mode, its place is not

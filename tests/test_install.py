@@ -6,6 +6,7 @@ that answers for pip, PyTorch and mmcv from files in the test's folder.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -20,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU_KEY = 'python{}.{}-torch2.0-mmcv2.1.0-cudaNone-cpuops-test'.format(*sys.version_info[:2])
 
 # `state` holds `calls`, a log, and `fault`, what is to go wrong. mmcv is "installed" by copying its
-# wheel to `state`/mmcv.whl, and its nms runs if that is a sound archive.
+# wheel to `state`/mmcv.whl, and its nms runs if that is a sound archive. `asked` says what `calls`
+# leaves out: the files of requirements, the C++ standard, the stack that setup.py is told.
 FAKE_PYTHON = """#!{real}
 import os, shutil, sys, zipfile
 from pathlib import Path
@@ -31,6 +33,10 @@ fault = (state / 'fault').read_text() if (state / 'fault').exists() else ''
 def note(line):
     with open(state / 'calls', 'a') as log:
         log.write(line + '\\n')
+
+def asked(*words):
+    with open(state / 'asked', 'a') as log:
+        log.write(' '.join(words) + '\\n')
 
 def fail(message):
     print(message)
@@ -52,18 +58,20 @@ elif args[:2] == ['-m', 'pip']:
         fail("WARNING: Retrying after connection broken by 'NewConnectionError'")
     if fault == 'disk full':
         fail('ERROR: [Errno 28] No space left on device')
+    asked(*(word for word in args if word.endswith('.txt')))
     if command == 'download':
-        shutil.copy(state / 'mmcv-2.1.0.tar.gz', after('--dest'))
+        source, = state.glob(after('--no-binary').replace('-', '_') + '-*.tar.gz')
+        shutil.copy(source, after('--dest'))
     elif command == 'wheel':
         if fault == 'compile':
             fail('nms.cpp:1:1: error: no such thing')
         if fault == 'killed':
             os.kill(os.getpid(), 9)
         tree = Path(args[-1])
-        assert '-std=c++20' in (tree / 'setup.py').read_text()
+        asked((tree / 'setup.py').read_text().split("'")[-2])
         out = Path(after('--wheel-dir'))
         out.mkdir()
-        with zipfile.ZipFile(out / 'mmcv-2.1.0-py3-none-any.whl', 'w') as wheel:
+        with zipfile.ZipFile(out / (tree.name + '-py3-none-any.whl'), 'w') as wheel:
             wheel.writestr('mmcv/__init__.py', '')
             if fault != 'no ops':
                 wheel.writestr('mmcv/_ext.cpython.so', os.environ['MMCV_WITH_OPS'])
@@ -71,6 +79,8 @@ elif args[:2] == ['-m', 'pip']:
         shutil.copy(wheels[0], state / 'mmcv.whl')
     elif 'requirements/docs.txt' in args:
         (state / 'mkdocs').touch()
+    elif '-e' in args:
+        asked(os.environ['MMPROTUNE_STACK'])
 elif args[:2] == ['-m', 'mkdocs']:
     note(' '.join(args[1:]))
 elif args[:1] == ['-c'] and 'mkdocstrings_handlers' in args[1]:
@@ -80,7 +90,16 @@ elif args[-2:-1] == ['-c'] and 'mmcv.ops' in args[-1]:
     if not (state / 'mmcv.whl').exists() or not zipfile.is_zipfile(state / 'mmcv.whl'):
         fail('ImportError: mmcv._ext')
 elif '-c' in args and 'torch.cuda' in ' '.join(args):
-    print({key!r})
+    print({key!r}.replace('mmcv2.1.0', args[-1]))
+elif args[:1] == ['tools/train.py']:
+    note('train')
+    Path(after('--work-dir')).mkdir()
+    if fault != 'no checkpoint':
+        Path(after('--work-dir'), 'epoch_1.pth').touch()
+elif '-c' in args and 'quickstart_data' in ' '.join(args):
+    note('draw')
+elif '-c' in args and 'python_version()' in ' '.join(args):
+    print('python 3, torch 2')
 elif '-c' in args and ('import mmprotune' in args or 'import torch' in args):
     pass
 elif '-c' in args and 'psutil' in ' '.join(args):
@@ -112,17 +131,18 @@ class Checkout:
         for name in ('setup.py', 'pyproject.toml'):
             shutil.copy(ROOT / name, self.root)
         self.write_mmcv("extra_compile_args['cxx'] = ['-std=c++17']\n")
+        self.write_mmcv("extra_compile_args['cxx'] = ['-std=c++17']\n", 'onedl_mmcv-2.3.6')
         self.python = write_script(self.bin / 'fake-python', FAKE_PYTHON.format(
             real=sys.executable, state=str(self.state), key=CPU_KEY))
         write_script(self.bin / 'c++', '#!/bin/sh\nexit 0\n')
         self.free_disk(100)
 
-    def write_mmcv(self, setup_py: str) -> None:
-        source = self.state / 'mmcv-2.1.0'
+    def write_mmcv(self, setup_py: str, name: str = 'mmcv-2.1.0') -> None:
+        source = self.state / name
         source.mkdir(exist_ok=True)
         (source / 'setup.py').write_text(setup_py)
-        with tarfile.open(self.state / 'mmcv-2.1.0.tar.gz', 'w:gz') as archive:
-            archive.add(source, 'mmcv-2.1.0')
+        with tarfile.open(self.state / f'{name}.tar.gz', 'w:gz') as archive:
+            archive.add(source, name)
 
     def free_disk(self, gigabytes: int) -> None:
         write_script(self.bin / 'df', '#!/bin/sh\necho Filesystem 1024-blocks Used Available\n'
@@ -135,10 +155,18 @@ class Checkout:
         """Runs a script; `env` adds variables, and takes away those that are None."""
         settings = {**os.environ, 'PATH': f"{self.bin}:{os.environ['PATH']}",
                     'XDG_CACHE_HOME': str(self.cache.parent), 'PYTHON': str(self.python),
-                    **dict.fromkeys(('MMPROTUNE_ENV', 'PYTHONPATH', 'CXX', 'FORCE_CUDA')), **env}
+                    **dict.fromkeys(('MMPROTUNE_ENV', 'MMPROTUNE_STACK', 'STACK_FOLDER',
+                                     'PYTHONPATH', 'CXX', 'FORCE_CUDA')), **env}
         settings = {name: value for name, value in settings.items() if value is not None}
         return subprocess.run(['bash', str(self.root / 'tools' / script), *args], env=settings,
                               text=True, capture_output=True, stdin=subprocess.DEVNULL)
+
+    def asked(self) -> list[str]:
+        """What was asked of Python besides, since the last look."""
+        log = self.state / 'asked'
+        lines = [line for line in log.read_text().splitlines() if line]
+        log.unlink()
+        return lines
 
     def install(self) -> None:
         """An installation that has to succeed, its calls of Python forgotten."""
@@ -184,6 +212,124 @@ def test_from_nothing_to_a_cached_wheel(checkout):
     wheel, = checkout.wheels
     assert wheel.parent.name == CPU_KEY
     assert not (checkout.root / '.venv' / 'tmp').exists()
+    assert checkout.asked() == [
+        'requirements/runtime.txt requirements/tests.txt requirements/build.txt',
+        'requirements/mmcv.txt', '-std=c++20', 'pinned']
+
+
+STACKS = [
+    pytest.param('openmmlab', 'mmcv-2.1.0', 'requirements/mmcv.txt', marks=pytest.mark.skipif(
+        sys.version_info >= (3, 12), reason='torch 2.1 has no wheels')),
+    pytest.param('onedl', 'onedl_mmcv-2.3.6', 'requirements/stacks/onedl-mmcv.txt',
+                 marks=pytest.mark.skipif(not (3, 10) <= sys.version_info < (3, 13),
+                                          reason='the forks do not name this Python'))]
+
+
+@pytest.mark.parametrize(('stack', 'mmcv', 'file'), STACKS)
+def test_a_stack_has_a_folder_and_a_wheel_of_its_own(checkout, stack, mmcv, file):
+    """mmcv's source is built as it is for their torch, so it may ask for any standard."""
+    checkout.write_mmcv("extra_compile_args['cxx'] = ['-std=c++14']\n", mmcv)
+    result = checkout.run(MMPROTUNE_STACK=stack)
+    assert result.returncode == 0, result.stderr
+    assert checkout.calls() == FRESH
+    assert checkout.asked() == [
+        f'requirements/stacks/{stack}.txt requirements/tests.txt requirements/build.txt',
+        file, '-std=c++14', stack]
+    assert (checkout.root / f'.venv-{stack}' / 'bin' / 'python').exists()
+    assert not (checkout.root / '.venv').exists()
+    wheel, = checkout.wheels
+    assert wheel.name.startswith(f'{mmcv}-')
+    assert mmcv.replace('_', '-').replace('-2', '2') in wheel.parent.name
+
+    assert checkout.run(MMPROTUNE_STACK=stack, CXX='no-such-compiler').returncode == 0
+    assert checkout.calls() == []
+    # Its pins are what it is made from, too.
+    with open(checkout.root / 'requirements' / 'stacks' / f'{stack}.txt', 'a') as pins:
+        pins.write('tqdm==4.70.1\n')
+    assert checkout.run(MMPROTUNE_STACK=stack).returncode == 0
+    assert checkout.calls() == ['pip install', 'pip install editable']
+
+
+def test_the_wheel_of_one_stack_is_not_taken_for_another(checkout):
+    checkout.install()
+    pinned, = checkout.wheels
+    assert checkout.run(MMPROTUNE_STACK='onedl').returncode == 0
+    assert 'pip wheel' in checkout.calls()
+    assert len(checkout.wheels) == 2
+    assert pinned.exists()
+
+
+def test_unknown_stack(checkout):
+    line = refusal(checkout.run(MMPROTUNE_STACK='conda'))
+    assert "unknown stack 'conda' (MMPROTUNE_STACK): expected 'pinned'" in line
+    assert "'openmmlab'" in line and "'onedl'" in line
+    assert checkout.calls() == []
+
+
+def test_a_stack_of_the_current_environment(checkout):
+    line = refusal(checkout.run(MMPROTUNE_STACK='onedl', MMPROTUNE_ENV='current'))
+    assert 'MMPROTUNE_STACK=onedl makes an environment' in line
+    assert 'unset one of them' in line
+
+
+@pytest.mark.parametrize(('stack', 'version'), [('openmmlab', '3.12'), ('onedl', '3.9'),
+                                                ('onedl', '3.13')])
+def test_python_that_a_stack_does_not_have(checkout, stack, version):
+    python = write_script(checkout.bin / 'other-python', f'#!/bin/sh\necho {version}\n')
+    line = refusal(checkout.run(MMPROTUNE_STACK=stack, PYTHON=str(python)))
+    assert f'is Python {version}: need one of' in line
+
+
+def rows(result: subprocess.CompletedProcess) -> list[list[str]]:
+    """The cells of the table that tools/check_stacks.sh prints, without its head."""
+    head, *lines = result.stdout.splitlines()
+    assert head.split() == ['stack', 'environment', 'tests', 'training', 'seconds', 'versions']
+    return [re.split(r' {2,}', line) for line in lines]
+
+
+@pytest.mark.skipif(not (3, 10) <= sys.version_info < (3, 12), reason='not a Python of all stacks')
+def test_stacks_are_checked_and_kept(checkout):
+    """The fake hands `-m pytest` on to the real interpreter."""
+    (checkout.root / 'test_it.py').write_text('def test_one(): pass\ndef test_two(): pass\n')
+    arguments = ('--', '-c', os.devnull, '-k', 'two', 'test_it.py')
+    result = checkout.run('check_stacks.sh', *arguments)
+    assert result.returncode == 0, result.stderr
+    outcome = ['ok', '1 passed, 1 deselected', 'ok']
+    assert [row[:4] for row in rows(result)] == [[name, *outcome]
+                                                 for name in ('pinned', 'openmmlab', 'onedl')]
+    assert checkout.calls().count('train') == 3
+    assert (checkout.root / '.venv').exists()
+    assert {path.name for path in (checkout.cache / 'stacks').iterdir() if path.is_dir()} == {
+        'openmmlab', 'onedl'}
+    assert '1 passed' in (checkout.root / 'work_dirs/stacks/onedl/tests.log').read_text()
+
+    assert checkout.run('check_stacks.sh', 'onedl', *arguments).returncode == 0
+    assert checkout.calls() == ['draw', 'train']
+
+
+@pytest.mark.skipif(not (3, 10) <= sys.version_info < (3, 13), reason='not a Python of the forks')
+def test_what_fails_on_a_stack_is_in_the_table(checkout):
+    (checkout.root / 'test_it.py').write_text('def test_one(): assert False\n')
+    arguments = ('onedl', '--', '-c', os.devnull, 'test_it.py')
+    result = checkout.run('check_stacks.sh', *arguments)
+    assert result.returncode == 1
+    assert rows(result)[0][:4] == ['onedl', 'ok', '1 failed', 'ok']
+    checkout.fault('no checkpoint')
+    assert rows(checkout.run('check_stacks.sh', *arguments))[0][:4] == [
+        'onedl', 'ok', '1 failed', 'failed']
+    with open(checkout.root / 'requirements' / 'tests.txt', 'a') as file:
+        file.write('tqdm==4.70.1\n')
+    checkout.fault('no network')
+    result = checkout.run('check_stacks.sh', *arguments)
+    assert result.returncode == 1
+    assert rows(result)[0][:4] == ['onedl', 'failed', '-', '-']
+    assert 'no network' in result.stderr
+
+
+def test_an_unknown_stack_is_refused_before_any_is_made(checkout):
+    line = refusal(checkout.run('check_stacks.sh', 'onedl', 'conda'))
+    assert "unknown stack 'conda'" in line
+    assert checkout.calls() == []
 
 
 def test_second_run_asks_nothing_of_pip(checkout):

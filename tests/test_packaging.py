@@ -307,6 +307,46 @@ def test_requirements_are_pinned_once_for_each_python():
         assert all(str(pin.specifier).startswith('==') for pin in [*chosen, *pins('docs')])
 
 
+@pytest.mark.parametrize(('files', 'pythons'), [
+    (('stacks/openmmlab', 'mmcv'), ('3.9', '3.10', '3.11')),
+    (('stacks/onedl', 'stacks/onedl-mmcv'), ('3.10', '3.11', '3.12'))])
+def test_stacks_are_pinned_once_for_each_of_their_pythons(files, pythons):
+    listed = pins(*files)
+    for python in pythons:
+        chosen = [pin for pin in listed
+                  if pin.marker is None or pin.marker.evaluate({'python_version': python})]
+        names = [pin.name for pin in chosen]
+        assert sorted(names) == sorted({pin.name for pin in listed}), f'Python {python}'
+        assert all(str(pin.specifier).startswith('==') for pin in chosen)
+
+
+def write_metadata(stack: str, tree: Path, out: Path) -> None:
+    script = 'import sys; from setuptools import build_meta as backend; ' \
+        'backend.prepare_metadata_for_build_wheel(sys.argv[1])'
+    run('env', f'MMPROTUNE_STACK={stack}', sys.executable, '-c', script, out, cwd=tree)
+
+
+def test_the_metadata_of_a_stack_names_its_packages_and_fits_its_pins(tree, tmp_path):
+    """pip would write the original over the fork that is installed."""
+    write_metadata('onedl', tree, tmp_path)
+    file, = tmp_path.glob('*.dist-info/METADATA')
+    required = [Requirement(line) for line in
+                email.message_from_bytes(file.read_bytes()).get_all('Requires-Dist')]
+    names = {requirement.name for requirement in required}
+    assert not names & {'mmengine', 'mmdet', 'mmsegmentation', 'mmpretrain'}
+    assert {'onedl-mmengine', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain',
+            'torch'} <= names
+    pinned = {pin.name: str(pin.specifier)[2:] for pin in pins('stacks/onedl')}
+    for requirement in required:
+        if requirement.name in pinned:
+            assert requirement.specifier.contains(pinned[requirement.name]), requirement
+
+
+def test_an_unknown_stack_builds_nothing(tree, tmp_path):
+    with pytest.raises(AssertionError, match="MMPROTUNE_STACK: expected .* got 'conda'"):
+        write_metadata('conda', tree, tmp_path)
+
+
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / '.venv', reason='not in the .venv of install.sh')
 def test_this_environment_is_the_pinned_one():
     for pin in pins():

@@ -49,7 +49,7 @@ prepare_environment() {
 
 # use_stack NAME: which versions of the libraries, and where. They overwrite each other's files (the
 # forks have the import names of what they are forked from), so that each stack has its own folder:
-# beside .venv, or in $STACK_FOLDER if a script that sources this file sets that.
+# beside .venv, or in $STACK_FOLDER, which tools/check_stacks.sh sets.
 use_stack() {
     STACK=$1
     MMCV=requirements/mmcv.txt
@@ -70,8 +70,8 @@ use_stack() {
             SUITABLE='3.10 3.11 3.12'
             ;;
         *)
-            die "unknown MMPROTUNE_STACK '$STACK': expected 'pinned' (default), 'openmmlab' (torch 2.1," \
-                "NumPy 1) or 'onedl' (the onedl-* forks)"
+            die "unknown stack '$STACK' (MMPROTUNE_STACK): expected 'pinned' (default), 'openmmlab'" \
+                "(torch 2.1, NumPy 1) or 'onedl' (the onedl-* forks)"
             ;;
     esac
     VENV=$ROOT/.venv
