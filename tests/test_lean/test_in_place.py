@@ -227,6 +227,7 @@ def calls(layer, *args):
 
 
 # Layer, further arguments, shapes of the input.
+ROTARY = 'mmpretrain.models.utils.position_encoding.RotaryEmbeddingFast'
 LAYERS = {
     'torch.nn.modules.conv.Conv1d': (lambda: nn.Conv1d(6, 6, 3), (), [(2, 6, 5), (6, 5)]),
     'torch.nn.modules.conv.Conv2d': (lambda: nn.Conv2d(3, 4, 3, padding='same'), (), MAPS),
@@ -267,6 +268,7 @@ LAYERS = {
     'mmseg.models.backbones.beit.BEiTAttention': (6, ),
     'mmpretrain.models.utils.attention.BEiTAttention': (6, ),
     'mmpretrain.models.utils.attention.WindowMSAV2': (6, ),
+    ROTARY: (lambda: host(ROTARY, 8, (2, 3)), ((2, 3), ), [(1, 2, 6, 8)]),
     'mmdet.models.backbones.swin.ShiftWindowMSA': (6, ),
     'mmseg.models.backbones.swin.ShiftWindowMSA': (6, ),
 }
