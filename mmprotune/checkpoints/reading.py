@@ -282,6 +282,8 @@ def _read_safetensors(path: str, map_location: Any) -> dict[str, Any]:
             text = (file.metadata() or {}).get('mmprotune')
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         meta = None if text is None else json.loads(text)
+        if not isinstance(meta, (dict, type(None))):
+            raise ValueError(f'expected a dict for mmprotune in its header, got {meta!r:.60}')
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UnreadableCheckpoint(_broken(path, error)) from error
     if device is not None:

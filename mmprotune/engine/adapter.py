@@ -128,6 +128,7 @@ def load(source: str | os.PathLike, pretrained: str | Mapping[str, str] | None =
     """
     with _folder_of(source, revision) as folder:
         cfg = _read_config(folder, source)
+        _check_fingerprint(folder, source)
         _use_files(cfg, pretrained, source)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             model = build_model(cfg)
@@ -164,8 +165,7 @@ def push(folder: str | os.PathLike, repository: str, private: bool = False) -> s
         if not (found / CARD).is_file():
             raise CheckpointError(f'{folder}: expected a {CARD}, the model card')
         _read_config(found, folder)
-        if not inspect(found / ADAPTER)['fingerprints']:
-            raise CheckpointError(f'{folder}: {ADAPTER} has no fingerprint of a frozen backbone')
+        _check_fingerprint(found, folder)
         with _told(repository):
             url = hub.create_repo(repository, private=private, exist_ok=True)
             hub.upload_folder(repo_id=repository, folder_path=str(found),
@@ -301,6 +301,12 @@ def _read_config(folder: Path, source: object) -> Config:
     if not isinstance(cfg.get('model'), dict):
         raise CheckpointError(f'{source}: {CONFIG} has no model')
     return cfg
+
+
+def _check_fingerprint(folder: Path, source: object) -> None:
+    """A stock checkpoint has none, and would be filled in on any backbone."""
+    if not inspect(folder / ADAPTER)['fingerprints']:
+        raise CheckpointError(f'{source}: {ADAPTER} has no fingerprint of a frozen backbone')
 
 
 def _use_files(cfg: Config, pretrained: str | Mapping[str, str] | None, source: object) -> None:

@@ -202,8 +202,15 @@ def test_incomplete_and_damaged_sources(run, folder, tmp_path):
     save_file(tensors, adapter)
     with pytest.raises(IncompleteCheckpoint, match='missing: head.fc.bias'):
         mmprotune.load(folder, pretrained=run.file)
-    save_file({'head.fc.bias': torch.zeros(4)}, adapter, {'mmprotune': '{"a'})
-    with pytest.raises(UnreadableCheckpoint):
+    for header in ('{"a', '[1]', 'null]'):
+        save_file(tensors, adapter, {'mmprotune': header})
+        with pytest.raises(UnreadableCheckpoint):
+            mmprotune.load(folder, pretrained=run.file)
+    stock = {key.replace('backbone.backbone.', 'backbone.'): tensor for key, tensor in
+             checkpoint.full_state_dict(run.model).items()
+             if 'prompts' not in key and 'frozen' not in key}
+    save_file(stock, adapter)
+    with pytest.raises(CheckpointError, match='has no fingerprint of a frozen backbone'):
         mmprotune.load(folder, pretrained=run.file)
     adapter.unlink()
     with pytest.raises(CheckpointError, match='no packed adapter.*missing: adapter.safetensors'):
