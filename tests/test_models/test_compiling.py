@@ -8,6 +8,7 @@ from torch import nn
 
 from mmprotune.lean.graph import TORCH_BEFORE_2_4, FrozenLayerError
 from mmprotune.lean.memory import KeptBytes
+from mmprotune.models.compiling import Compiled
 from tests.test_lean.networks import SMALL, distance, images, outputs_of, prompted, step
 
 # Two blocks between two prompts: compiling takes seconds, not minutes.
@@ -114,6 +115,21 @@ def test_the_memory_budget_is_set_while_it_compiles():
     with torch.no_grad():
         small(compile=dict(backend=backend, activation_memory_budget=0.5))(images(1, 3, 64, 64))
     assert seen == [0.5] and config.activation_memory_budget == 1
+
+
+@pytest.mark.parametrize(('value', 'expected'), [
+    (True, dict(layout_optimization=False)),
+    (dict(options=dict(max_autotune=True)), dict(layout_optimization=False, max_autotune=True)),
+    (dict(options=dict(layout_optimization=True)), dict(layout_optimization=True)),
+    (dict(mode='max-autotune-no-cudagraphs'), None),
+    (dict(backend='eager'), None),
+])
+def test_weights_are_not_copied_channels_last(value, expected, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, 'compile', lambda function, **kwargs: given.append(kwargs))
+    Compiled(value)._compile()
+    assert given[0].get('options') == expected
+    assert given[0]['fullgraph'] is True and 'activation_memory_budget' not in given[0]
 
 
 def test_state_and_identity_do_not_know():

@@ -127,3 +127,18 @@ def test_an_ablation_takes_one_part_out_at_a_time(tmp_path, monkeypatch):
     with benchmark.without('product'):
         assert benchmark.onednn.product(None, None) is None
     assert len(calls) == before
+
+
+def test_compiled_variants(tmp_path, capsys):
+    cfg = benchmark.cli.load_config(CONFIG)
+    own = {name: benchmark.variant_cfg(cfg, name, dict(backend='eager')).model.backbone['compile']
+           for name in ('naive', 'lean', 'frozen', 'compiled', 'budget')}
+    assert own == dict(naive=False, lean=False, frozen=False, compiled=dict(backend='eager'),
+                       budget=dict(backend='eager', activation_memory_budget=0.5))
+    out = tmp_path / 'out.json'
+    benchmark.main([CONFIG, *SMALL, '--backbone-only', '--steps', '1', '--no-inference',
+                    '--variants', 'compiled', '--compile', 'backend=eager', '--json', str(out)])
+    figures = json.loads(out.read_text())['results'][0]['variants']['compiled']
+    assert figures['kept'] == dict(compiled=figures['kept_total']) and figures['kept_total'] > 0
+    assert figures['step'] > 0 and 'inference' not in figures
+    assert 'lean, compiled' in capsys.readouterr().out
