@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmprotune.config_nodes import (
     class_names,
     node_of,
+    parse_config,
     prompted_nodes,
     training_patterns,
     without_pretrained,
@@ -213,10 +214,12 @@ def _rewritten(checkpoint: dict, state_dict: Mapping[str, Tensor], meta: dict | 
     new = {k: v for k, v in to_plain(old).items() if k != 'mmprotune'}
     if meta is not None:
         new['mmprotune'] = meta
+    new.pop('cfg', None)
     try:
-        new['cfg'] = cfg.pretty_text
-    except SyntaxError:  # MMEngine writes no config with classes in place of names
-        new.pop('cfg', None)
+        text = cfg.pretty_text  # of a class in place of a name it may be none, or one like `a.b.C`
+        parse_config(text)
+        new['cfg'] = text
+    except (SyntaxError, ValueError):
         print_log('the config is left out of the meta: it holds objects that cannot be written',
                   logger='current', level=logging.WARNING)
     return dict(
