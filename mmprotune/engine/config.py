@@ -188,6 +188,8 @@ def _drop_layer_decay(node: dict) -> list[str]:
         return []
     if 'prompts' in old:
         new['prompts'] = old['prompts']
+    if new:  # heads may share layers (RTMDet's do), whose parameters the default one takes twice
+        new['bypass_duplicate'] = True
     del node['constructor']
     node['paramwise_cfg'] = new
     return [f'optim_wrapper.constructor={name!r} is replaced by the default one, with '

@@ -300,6 +300,17 @@ def test_rates_that_fall_with_the_depth(name):
         assert decay == (0 if flat else optimizer.weight_decay), parameter
 
 
+def test_rates_that_fell_with_the_depth_of_a_model_that_shares_layers():
+    """As RTMDet's head does, which the layer-wise constructors take once."""
+    cfg = protune(get_config('mmdet::rtmdet/rtmdet_l_convnext_b_4xb32-100e_coco.py'))
+    cfg.optim_wrapper.type = 'OptimWrapper'
+    cfg.optim_wrapper.pop('loss_scale', None)
+    model = nested()
+    model.same = model.head
+    found = rates(cfg, model)
+    assert found['head.0.weight'] == (cfg.optim_wrapper.optimizer.lr, 0.05)
+
+
 def test_the_classifiers_constructor_keeps_its_decay():
     cfg = config(
         {'.cls_token': dict(decay_mult=0.), 'head.0': dict(decay_mult=0.5, lr_mult=7.)},
@@ -309,7 +320,8 @@ def test_the_classifiers_constructor_keeps_its_decay():
     assert "'LearningRateDecayOptimWrapperConstructor' is replaced by the default one" in sentence
     assert cfg.optim_wrapper.paramwise_cfg == dict(
         norm_decay_mult=0.,
-        custom_keys={'.cls_token': dict(decay_mult=0.), 'head.0': dict(decay_mult=0.5)})
+        custom_keys={'.cls_token': dict(decay_mult=0.), 'head.0': dict(decay_mult=0.5)},
+        bypass_duplicate=True)
     found = rates(cfg, nested())
     # That constructor takes no rate from custom keys either.
     assert found['head.0.weight'] == (0.01, 0.05)
