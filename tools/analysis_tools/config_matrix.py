@@ -583,6 +583,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def _one_line(error: BaseException | str) -> str:
     text = error if isinstance(error, str) else f'{type(error).__name__}: {error}'
+    text = re.sub(r'/\S*/(?:site-packages|config_matrix_\w+)/', '', text)  # this machine's folders
     return re.sub(r'\s+', ' ', text).strip()[:300]
 
 
