@@ -237,7 +237,7 @@ def test_links_and_addresses_once_the_source_has_one(tmp_path):
     assert urls['Source'] == 'https://example.org/mmprotune'
     assert urls['Changelog'] == 'https://example.org/mmprotune/blob/HEAD/CHANGELOG.md'
     text = found.get_payload()
-    for link in ('[docs/sharing.md](https://example.org/mmprotune/blob/HEAD/docs/sharing.md)',
+    for link in ('[sharing](https://example.org/mmprotune/blob/HEAD/docs/sharing.md)',
                  '![a picture](https://example.org/mmprotune/raw/HEAD/docs/a.png)',
                  '[above](https://example.org/mmprotune#checkpoints)',
                  '](https://arxiv.org/abs/2207.14381)'):

@@ -13,12 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'commands.md'
 # Tool: its subcommands.
 TOOLS = {
-    'train.py': (), 'test.py': (), 'prompt_checkpoint.py': ('info', 'verify', 'extract', 'merge'),
-    'test_robustness.py': (), 'benchmark_methods.py': (), 'quickstart.py': (),
+    'train.py': (), 'test.py': (), 'prompt_checkpoint.py': (
+        'info', 'verify', 'extract', 'merge', 'pack', 'push'),
+    'predict.py': (), 'export.py': (), 'demo.py': (), 'test_robustness.py': (),
+    'benchmark_methods.py': (), 'quickstart.py': (),
     'analysis_tools/show_prompts.py': (), 'analysis_tools/count_params.py': (),
     'analysis_tools/benchmark_training.py': (), 'analysis_tools/benchmark_trunk.py': (),
     'analysis_tools/benchmark_build.py': (), 'analysis_tools/config_matrix.py': (),
-    'analysis_tools/backbone_matrix.py': (),
+    'analysis_tools/backbone_matrix.py': (), 'analysis_tools/export_matrix.py': (),
 }
 HEAD = """# Command lines
 

@@ -10,6 +10,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmprotune.errors import MMProtuneError
 from mmprotune.lean.graph import is_recorded
 
 from . import calls
@@ -67,7 +68,7 @@ def check_compile(value: bool | Mapping) -> None:
                 f'{keys}: torch.compile refuses that: {_first_lines(error)}') from error
 
 
-class _NoCompiler(Exception):
+class _NoCompiler(MMProtuneError):
     """There is no ``torch.compile`` here."""
 
 

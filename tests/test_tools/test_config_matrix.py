@@ -197,16 +197,16 @@ def too_much(*args):
 
 @pytest.mark.parametrize('body, reason', [
     (spin, 'not within 1 s'), (leave, 'the process ended with status 3:'),
-    (too_much, 'not within 9 GB'), (lambda *args: {}['x'], "KeyError: 'x'")
+    (too_much, 'not within 99 GB'), (lambda *args: {}['x'], "KeyError: 'x'")
 ])
 def test_a_stock_model_that_ends_badly_says_nothing_about_prompts(monkeypatch, body, reason):
     monkeypatch.setattr(matrix, 'check_stock', body)
-    result = check(SMALL, seconds=1)
+    result = check(SMALL, seconds=1, memory=99)
     assert (result['verdict'], result['reason']) == ('host', reason)
     monkeypatch.setattr(matrix, 'check_stock', lambda *args: dict(size=64, finite=True))
     monkeypatch.setattr(matrix, 'check_stock_step', lambda *args: {})
     monkeypatch.setattr(matrix, 'check_prompted', body)
-    result = check(SMALL, seconds=1)
+    result = check(SMALL, seconds=1, memory=99)
     assert (result['verdict'], result['reason'], result['size']) == ('fail', reason, 64)
     assert json.dumps(result)
 
