@@ -15,7 +15,7 @@ from mmprotune.errors import IncompleteCheckpoint, UnreadableCheckpoint
 from .reading import read
 
 
-def newest(work_dir: str | os.PathLike) -> str | None:
+def newest(work_dir: str | os.PathLike, to_resume: bool = True) -> str | None:
     """The newest whole checkpoint of a run.
 
     That is the one which ``last_checkpoint`` names, or one saved after it: a process can die
@@ -24,13 +24,15 @@ def newest(work_dir: str | os.PathLike) -> str | None:
 
     Args:
         work_dir (str | os.PathLike): Of the run.
+        to_resume (bool): Whether training is to go on from it; else only its weights are wanted.
+            Defaults to True.
 
     Returns:
-        str, optional: Path of a checkpoint that can be resumed from; None where there is none.
+        str, optional: Path of the checkpoint; None where there is none.
 
     Raises:
-        IncompleteCheckpoint: The newest one was saved without an optimizer. Going on from an older
-            one, or training anew, would overwrite it.
+        IncompleteCheckpoint: ``to_resume``, and the newest one was saved without an optimizer.
+            Going on from an older one, or training anew, would overwrite it.
         UnreadableCheckpoint: There are some, and all of them are broken.
     """
     work_dir = os.fspath(work_dir)
@@ -66,6 +68,8 @@ def newest(work_dir: str | os.PathLike) -> str | None:
             return path
         # Not every file with a number is the run's: pre-trained and published ones may lie here.
         if path == last or re.fullmatch(r'(epoch|iter)_\d+\.pth', os.path.basename(path)):
+            if not to_resume:
+                return path
             raise IncompleteCheckpoint(
                 f'{path}: it holds no optimizer, so training cannot be resumed from it, and would '
                 f'overwrite it: start in another work_dir, with load_from={path} for its weights')

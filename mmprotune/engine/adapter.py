@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
+from mmengine.registry import DefaultScope, init_default_scope
 from torch import nn
 
 from mmprotune.checkpoints.convert import build_model, verify
@@ -118,8 +118,8 @@ def load(source: str | os.PathLike, pretrained: str | Mapping[str, str] | None =
         revision (str, optional): Of a hub's repository. Defaults to None: the newest.
 
     Returns:
-        nn.Module: The host's model, with ``cfg`` and ``dataset_meta`` as the host's inference
-        functions want them.
+        nn.Module: The host's model, as the host's inference functions want it; MMEngine's default
+        scope is the host's from then on.
 
     Raises:
         CheckpointError: The source cannot be read, or does not fit.
@@ -130,8 +130,9 @@ def load(source: str | os.PathLike, pretrained: str | Mapping[str, str] | None =
         cfg = _read_config(folder, source)
         _check_fingerprint(folder, source)
         _use_files(cfg, pretrained, source)
-        with DefaultScope.overwrite_default_scope(cfg.default_scope):
-            model = build_model(cfg)
+        # For good, as the hosts' own functions do: their pipelines are found by it.
+        init_default_scope(cfg.default_scope)
+        model = build_model(cfg)
         try:
             for _, part in prompted_parts(model):
                 part.require_weights()
@@ -142,7 +143,8 @@ def load(source: str | os.PathLike, pretrained: str | Mapping[str, str] | None =
     dataset_meta = (checkpoint.get('meta') or {}).get('dataset_meta')
     if isinstance(dataset_meta, dict):
         model.dataset_meta = {str(key).lower(): value for key, value in dataset_meta.items()}
-    model.cfg = cfg
+        model._dataset_meta = model.dataset_meta
+    model.cfg = model._config = cfg  # mmdet's and mmseg's name, and mmpretrain's
     return model.to(device).eval() if device is not None else model.eval()
 
 
@@ -181,7 +183,7 @@ def _checkpoint_of(run: str | os.PathLike) -> str:
     run = os.path.expanduser(os.fspath(run))
     if not os.path.isdir(run):
         return run
-    found = newest(run)
+    found = newest(run, to_resume=False)
     if found is None:
         raise CheckpointError(f'{run}: expected a work directory with a checkpoint, found none')
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import yaml
@@ -43,7 +44,9 @@ def validation_metrics(work_dir: str | os.PathLike, meta: dict, cfg: Config) -> 
                     key in ('lr', 'loss') or key.startswith('prompt/') for key in record):
                 found = {key: value for key, value in record.items()
                          if key not in ('step', 'time', 'data_time') and
-                         isinstance(value, (int, float)) and math.isfinite(value)}
+                         isinstance(value, (int, float)) and math.isfinite(value) and
+                         # What COCO's evaluation writes where there are no objects of a size.
+                         not (key.startswith('coco/') and value == -1)}
         if found:
             return found
     return {}
@@ -107,8 +110,10 @@ def _facts(cfg: Config, info: dict, meta: dict, files: list[str]) -> list[tuple[
         rows.append(('trained for', f'{info["epoch"]} epochs, {info["iter"]} iterations'))
     rows.append(('values in the adapter', f'{info["values"]:,} ({info["bytes"]:,} bytes)'))
     known = meta.get('mmprotune') or {}
+    # MMEngine writes its commit, or 'unknown', right behind its version.
+    engine = re.sub(r'([0-9a-f]{40}|unknown)$', '', str(meta.get('mmengine_version') or ''))
     versions = [('mmprotune', known.get('version') or __version__),
-                ('torch', known.get('torch_version')), ('mmengine', meta.get('mmengine_version'))]
+                ('torch', known.get('torch_version')), ('mmengine', engine)]
     rows.append(('versions', ', '.join(f'{name} {value}' for name, value in versions if value)))
     return rows
 

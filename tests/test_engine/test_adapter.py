@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
 import sys
 import zipfile
 
@@ -27,7 +28,7 @@ from mmprotune.errors import (
 )
 from tests.classification import classification_scope
 from tests.test_checkpoints.models import CLASSES, prompted_config, same_weights, trained_model
-from tests.test_tools.conftest import load_tool
+from tests.test_tools.conftest import REPO, load_tool
 
 pytest.importorskip('safetensors')
 FILES = {'adapter.safetensors', 'config.py', 'README.md'}
@@ -48,7 +49,8 @@ class Run:
             self.model = trained_model(cfg)
         for epoch in (1, 2):
             torch.save(dict(
-                meta=dict(epoch=epoch, iter=10 * epoch, seed=7, mmengine_version='0.10.7',
+                meta=dict(epoch=epoch, iter=10 * epoch, seed=7,
+                          mmengine_version='0.10.7' + '0e29' * 10,
                           cfg=cfg.pretty_text, dataset_meta=dict(classes=CLASSES),
                           mmprotune=describe_model(self.model)),
                 state_dict=self.model.state_dict(), optimizer=dict(state={}, param_groups=[])),
@@ -59,7 +61,7 @@ class Run:
         (log / 'scalars.json').write_text('\n'.join(map(json.dumps, (
             {'lr': 1e-2, 'loss': 0.5, 'epoch': 2, 'step': 2},
             {'accuracy/top1': 50.0, 'data_time': 0.1, 'time': 0.2, 'step': 1},
-            {'accuracy/top1': 61.5, 'data_time': 0.1, 'time': 0.2, 'step': 2},
+            {'accuracy/top1': 61.5, 'coco/bbox_mAP_l': -1., 'data_time': 0.1, 'step': 2},
         ))) + '\n{"cut o')
 
 
@@ -119,7 +121,7 @@ def test_the_card(run, packed):
     assert result['metrics'] == [dict(type='accuracy/top1', name='accuracy/top1', value=61.5)]
     assert checkpoint.inspect(packed / 'adapter.safetensors')['fingerprints']['backbone'] in body
     for part in ('# flowers\n', '`resnet18.pth`', 'CustomDataset (flowers)', '4: a, b, c, d',
-                 '61.5', '2 epochs, 20 iterations', 'mmengine 0.10.7', "pretrained='FILE'"):
+                 '61.5', '2 epochs, 20 iterations', 'mmengine 0.10.7 |', "pretrained='FILE'"):
         assert part in body, part
 
 
@@ -128,6 +130,31 @@ def test_a_run_without_logs_has_a_card_without_metrics(run, tmp_path):
     mmprotune.pack(tmp_path / 'epoch_1.pth', tmp_path / 'out')
     front = yaml.safe_load((tmp_path / 'out' / 'README.md').read_text().split('---\n')[1])
     assert 'model-index' not in front and front['license'] == 'unknown'
+
+
+def test_a_run_that_saves_no_optimizer_is_packed(run, tmp_path):
+    """As the quickstart's: it cannot be resumed, and need not be."""
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    saved = torch.load(run.folder / 'epoch_2.pth', weights_only=True)
+    del saved['optimizer']
+    torch.save(saved, folder / 'epoch_2.pth')
+    assert mmprotune.pack(folder, tmp_path / 'out')['epoch'] == 2
+
+
+def test_the_hosts_inference_takes_what_is_loaded(run, tmp_path):
+    """In a process of its own: the default scope, too, is what a fresh one has."""
+    cfg = Config(run.cfg.to_dict())
+    cfg.test_dataloader.dataset.pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+    mmprotune.pack(run.folder, tmp_path / 'out', cfg)
+    found = subprocess.run([sys.executable, '-W', 'ignore', '-c', f"""
+import mmprotune, numpy
+model = mmprotune.load({str(tmp_path / 'out')!r}, pretrained={run.file!r})
+from mmpretrain import ImageClassificationInferencer
+print(ImageClassificationInferencer(model)(numpy.zeros((32, 32, 3), 'uint8'))[0]['pred_class'])
+"""], cwd=REPO, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip().endswith(CLASSES)  # behind a progress bar
 
 
 def test_pack_overwrites_nothing_unless_told(run, folder):
