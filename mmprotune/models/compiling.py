@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
@@ -109,6 +110,7 @@ class Compiled:
         limit = getattr(exc, 'FailOnRecompileLimitHit', exc.TorchDynamoException)
         try:
             if self._run is None:
+                _plain_numbers(owner.backbone)
                 self._run = self._compile()
             # What goes wrong in the backward pass's half shall do so here, too.
             with _partitioner(
@@ -159,6 +161,15 @@ class Compiled:
         self.failed, self._run = True, None
         print_log(f'compile: {name} cannot be compiled, so it runs as without compile ({reason})',
                   logger='current', level=logging.WARNING)
+
+
+def _plain_numbers(network: nn.Module) -> None:
+    """Turns NumPy's numbers on modules into Python's. The compiler takes them for tensors and does
+    not branch by them (mmpretrain draws its drop path's rates with ``np.linspace``)."""
+    for module in network.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, np.generic):
+                setattr(module, name, value.item())
 
 
 def _first_lines(error: Exception) -> str:

@@ -188,6 +188,16 @@ def test_what_cannot_be_compiled_runs_as_it_is(log):
     assert '\n' not in message
 
 
+def test_rates_that_are_numpys_numbers():
+    """Of mmpretrain's drop path: the compiler would not branch by them."""
+    model = prompted(dict(
+        type='mmpretrain.VisionTransformer', img_size=32, patch_size=16, out_type='featmap',
+        drop_path_rate=0.1, arch=dict(embed_dims=8, num_layers=2, num_heads=2,
+                                      feedforward_channels=16)), compile=dict(backend='eager'))
+    outputs_of(model, images(1, 3, 32, 32))
+    assert not model.compiled.failed
+
+
 def test_a_size_too_many_runs_as_it_is(log):
     backend, graphs = counted()
     model = small(compile=dict(backend=backend, dynamic=False)).eval()
