@@ -1,12 +1,9 @@
 """Sharing what trained: a folder of an adapter, a config and a model card, and the way back."""
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import tempfile
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +29,24 @@ from mmprotune.config_nodes import (
     prompted_nodes,
     pull_in_files,
 )
-from mmprotune.errors import CheckpointError, PretrainedFileError, UnreadableCheckpoint, listed
+from mmprotune.errors import CheckpointError, PretrainedFileError, listed
 
+from .adapter_files import (
+    ADAPTER,
+    CARD,
+    CONFIG,
+    check_fingerprint,
+    folder_of,
+    hub_client,
+    hub_errors,
+    read_config,
+)
 from .model_card import model_card, validation_metrics
 
-ADAPTER, CONFIG, CARD = 'adapter.safetensors', 'config.py', 'README.md'
 # Of the meta of a checkpoint; the rest is of the run and its machine.
 _KEPT = ('epoch', 'iter', 'seed', 'time', 'mmengine_version', 'dataset_meta', 'mmprotune')
 # Where the run was, and how it was started.
 _OF_THE_RUN = ('work_dir', 'load_from', 'resume', 'launcher')
-# Deflate makes floats little smaller; a file that unpacks to more than this is a trap.
-_MOST_UNPACKED = 50
 
 
 def pack(run: str | os.PathLike, out: str | os.PathLike,
@@ -126,9 +130,9 @@ def load(source: str | os.PathLike, pretrained: str | Mapping[str, str] | None =
         FingerprintMismatch: The pre-trained file is another one.
         PretrainedFileError: The pre-trained file cannot be had.
     """
-    with _folder_of(source, revision) as folder:
-        cfg = _read_config(folder, source)
-        _check_fingerprint(folder, source)
+    with folder_of(source, revision) as folder:
+        cfg = read_config(folder, source)
+        check_fingerprint(folder, source)
         _use_files(cfg, pretrained, source)
         # For good, as the hosts' own functions do: their pipelines are found by it.
         init_default_scope(cfg.default_scope)
@@ -162,13 +166,13 @@ def push(folder: str | os.PathLike, repository: str, private: bool = False) -> s
     Raises:
         CheckpointError: The folder is incomplete, or the hub says no.
     """
-    hub = _hub()
-    with _folder_of(folder, None, local=True) as found:
+    hub = hub_client()
+    with folder_of(folder, None, local=True) as found:
         if not (found / CARD).is_file():
             raise CheckpointError(f'{folder}: expected a {CARD}, the model card')
-        _read_config(found, folder)
-        _check_fingerprint(found, folder)
-        with _told(repository):
+        read_config(found, folder)
+        check_fingerprint(found, folder)
+        with hub_errors(repository):
             url = hub.create_repo(repository, private=private, exist_ok=True)
             hub.upload_folder(repo_id=repository, folder_path=str(found),
                               allow_patterns=[ADAPTER, CONFIG, CARD],
@@ -248,69 +252,6 @@ def _for_json(value: Any) -> Any:
 # --- unpacking ----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _folder_of(source: str | os.PathLike, revision: str | None,
-               local: bool = False) -> Iterator[Path]:
-    """The folder with the files of an adapter."""
-    path = Path(os.path.expanduser(os.fspath(source)))
-    with contextlib.ExitStack() as stack:
-        if path.is_dir():
-            folder = path
-        elif path.is_file():
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            _unzip(path, folder)
-        elif not local and re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
-            hub = _hub(f'{source}: no such folder or file here; as the id of a repository on the '
-                       'Hugging Face Hub it')
-            with _told(str(source)):
-                folder = Path(hub.snapshot_download(
-                    str(source), revision=revision, allow_patterns=[ADAPTER, CONFIG]))
-        else:
-            raise FileNotFoundError(f'{source}: no such folder or file')
-        missing = [file for file in (ADAPTER, CONFIG) if not (folder / file).is_file()]
-        if missing:
-            raise CheckpointError(f'{source} is no packed adapter: expected {ADAPTER} and {CONFIG} '
-                                  f'in it, missing: {listed(missing)}')
-        yield folder
-
-
-def _unzip(path: Path, folder: Path) -> None:
-    """Unpacks the files of an adapter, at the top of an archive or in one folder in it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                name = entry.filename.rpartition('/')[2]
-                if name not in (ADAPTER, CONFIG, CARD) or entry.filename.count('/') > 1:
-                    continue
-                if entry.file_size > _MOST_UNPACKED * (entry.compress_size + 1024):
-                    raise UnreadableCheckpoint(
-                        f'{path} is refused: {entry.filename} would unpack to {entry.file_size:,} '
-                        f'bytes, of {entry.compress_size:,}')
-                if (folder / name).exists():
-                    raise UnreadableCheckpoint(f'{path}: expected one {name} in it, got several')
-                (folder / name).write_bytes(archive.read(entry))
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:
-        raise UnreadableCheckpoint(f'{path}: expected a folder, or a .zip of one: '
-                                   f'{error}') from error
-
-
-def _read_config(folder: Path, source: object) -> Config:
-    try:
-        cfg = parse_config((folder / CONFIG).read_text(encoding='utf-8'))
-        check_config(cfg)
-    except ValueError as error:  # of the parser, of UTF-8, and CheckpointError
-        raise CheckpointError(f'{source}: {CONFIG} is refused: {error}') from None
-    if not isinstance(cfg.get('model'), dict):
-        raise CheckpointError(f'{source}: {CONFIG} has no model')
-    return cfg
-
-
-def _check_fingerprint(folder: Path, source: object) -> None:
-    """A stock checkpoint has none, and would be filled in on any backbone."""
-    if not inspect(folder / ADAPTER)['fingerprints']:
-        raise CheckpointError(f'{source}: {ADAPTER} has no fingerprint of a frozen backbone')
-
-
 def _use_files(cfg: Config, pretrained: str | Mapping[str, str] | None, source: object) -> None:
     """Puts the caller's own files where a config names its pre-trained ones."""
     names = _names_of_files(cfg)
@@ -334,26 +275,3 @@ def _use_files(cfg: Config, pretrained: str | Mapping[str, str] | None, source: 
     for holder, key in _files_of_backbones(cfg):
         if holder[key] in pretrained:
             holder[key] = os.fspath(pretrained[holder[key]])
-
-
-# --- the hub --------------------------------------------------------------------------------------
-
-
-def _hub(what: str = 'a repository on the Hugging Face Hub'):
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise CheckpointError(f"{what} needs `pip install 'mmprotune[hub]'` "
-                              '(huggingface_hub)') from None
-    return huggingface_hub
-
-
-@contextlib.contextmanager
-def _told(repository: str) -> Iterator[None]:
-    """The client and the HTTP library under it have many errors; each says what is wrong."""
-    try:
-        yield
-    except Exception as error:
-        first = ' '.join(str(error).split())[:300]
-        raise CheckpointError(f'{repository}: the hub could not be used: '
-                              f'{type(error).__name__}: {first}') from error

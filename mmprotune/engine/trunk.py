@@ -7,7 +7,6 @@ import os
 import threading
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,29 +25,11 @@ from mmprotune.engine.inference import (
     config_of,
     usable_device,
 )
+from mmprotune.engine.task import Task, is_out_of_memory, names_of, told
+from mmprotune.engine.trunk_report import TrunkReport, report_on
 from mmprotune.errors import DoesNotFit, TaskFailed, TrunkError, listed
-from mmprotune.lean.dry_run import image_shapes, noise
-from mmprotune.models.sharing import Session, equal, install, shared_paths
+from mmprotune.models.sharing import Session, install, shared_paths
 from mmprotune.models.trunk import Trunk
-
-# Sizes (H, W) of the images that tell whether preprocessings agree: lying, standing, odd ones.
-PROBES = ((120, 160), (163, 101))
-
-
-@dataclass(eq=False)
-class _Task:
-    """One task of a trunk.
-
-    Attributes:
-        lock (threading.Lock): Held while the model runs: the hosts' models and transforms do not
-            promise to run in several threads at once.
-    """
-    name: str
-    model: nn.Module
-    part: nn.Module
-    trunk: Trunk
-    inference: Inference
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class FrozenTrunk:
@@ -72,8 +53,8 @@ class FrozenTrunk:
 
     def __init__(self, device: str | torch.device | None = None) -> None:
         self.device = usable_device(device)
-        self._tasks: dict[str, _Task] = {}  # replaced, never changed: calls keep the one they saw
-        self._paths: dict[tuple[_Task, _Task], frozenset[str]] = {}
+        self._tasks: dict[str, Task] = {}  # replaced, never changed: calls keep the one they saw
+        self._paths: dict[tuple[Task, Task], frozenset[str]] = {}
         self._lock = threading.Lock()  # of the two above, and quickly given back
         self._adding = threading.Lock()  # building a model takes seconds
 
@@ -146,7 +127,7 @@ class FrozenTrunk:
         if self.device.type == 'cuda':
             torch.cuda.empty_cache()
 
-    def _build(self, name: str, path: str, loaded: dict, cfg: Config) -> _Task:
+    def _build(self, name: str, path: str, loaded: dict, cfg: Config) -> Task:
         state_dict = state_dict_of(loaded, path)
         roots = [key[:-len(FINGERPRINT)] for key in state_dict
                  if key.rpartition('.')[2] == FINGERPRINT]
@@ -186,13 +167,13 @@ class FrozenTrunk:
         if isinstance(meta, dict):
             model.dataset_meta = {str(key).lower(): value for key, value in meta.items()}
         model.cfg = cfg
-        return _Task(name, model, part, trunk, inference)
+        return Task(name, model, part, trunk, inference)
 
     def _trunks(self) -> dict[str, Trunk]:
         return {task.trunk.key: task.trunk for task in self._tasks.values()}
 
     @staticmethod
-    def _find(tasks: dict[str, _Task], name: str) -> _Task:
+    def _find(tasks: dict[str, Task], name: str) -> Task:
         if not isinstance(name, str) or name not in tasks:
             raise TrunkError(f'there is no task {name!r}; there are {listed(tasks)}')
         return tasks[name]
@@ -221,7 +202,7 @@ class FrozenTrunk:
         known = self._tasks
         several = isinstance(images, (list, tuple))
         images = list(images) if several else [images]
-        names = _names(tasks, images if several else None, known)
+        names = names_of(tasks, images if several else None, known)
         chosen = [[self._find(known, name) for name in own] for own in names]
         for task in {task for own in chosen for task in own}:
             self._check_device(task)
@@ -232,12 +213,12 @@ class FrozenTrunk:
             results = [self._run(image, own, failed) for image, own in zip(images, chosen)]
         results = results if several else results[0]
         if failed:
-            told = '; '.join(f'task {name!r} {_told(error)}' for name, error in failed.items())
-            raise TaskFailed(f"{told}. The other tasks have run: see the error's `results`",
+            what = '; '.join(f'task {name!r} {told(error)}' for name, error in failed.items())
+            raise TaskFailed(f"{what}. The other tasks have run: see the error's `results`",
                              results) from next(iter(failed.values()))
         return results
 
-    def _run(self, image: str | np.ndarray, tasks: list[_Task],
+    def _run(self, image: str | np.ndarray, tasks: list[Task],
              failed: dict[str, Exception]) -> dict:
         session = self._session(tasks) if len(tasks) > 1 else None
         found = {}
@@ -249,16 +230,16 @@ class FrozenTrunk:
             except Exception as error:  # whatever a model raises
                 traceback.clear_frames(error.__traceback__)  # they hold its tensors
                 failed.setdefault(task.name, error)
-                if self.device.type == 'cuda' and _is_out_of_memory(error):
+                if self.device.type == 'cuda' and is_out_of_memory(error):
                     torch.cuda.empty_cache()
         return found
 
-    def _session(self, tasks: list[_Task]) -> Session:
+    def _session(self, tasks: list[Task]) -> Session:
         of = {task.name: task for task in tasks}
         return Session({task.name: task.part for task in tasks},
                        lambda first, second: self._shared(of[first], of[second]))
 
-    def _shared(self, first: _Task, second: _Task) -> frozenset[str]:
+    def _shared(self, first: Task, second: Task) -> frozenset[str]:
         """What two tasks may share; looked up once."""
         if first.trunk is not second.trunk:
             return frozenset()
@@ -272,7 +253,7 @@ class FrozenTrunk:
                     self._paths = {**self._paths, (first, second): found, (second, first): found}
         return found
 
-    def _check_device(self, task: _Task) -> None:
+    def _check_device(self, task: Task) -> None:
         devices = {str(tensor.device) for tensor in task.model.parameters()} - {str(self.device)}
         if devices:
             raise TrunkError(f'task {task.name!r} is on {listed(sorted(devices))}, expected all of '
@@ -282,178 +263,7 @@ class FrozenTrunk:
 
     def report(self) -> TrunkReport:
         """Says what is shared and what is not, and why. Runs every pair of tasks on noise."""
-        tasks = list(self._tasks.values())
-        report = TrunkReport()
-        for trunk in {task.trunk: None for task in tasks}:
-            of = [task for task in tasks if task.trunk is trunk]
-            report.trunks.append(TrunkEntry(
-                trunk.kind, trunk.key, trunk.nbytes,
-                {task.name: _own_bytes(task, trunk) for task in of}))
-            for i, first in enumerate(of):
-                for second in of[i + 1:]:
-                    report.pairs[first.name, second.name] = self._compare(first, second)
-        return report
+        return report_on(list(self._tasks.values()), self._session)
 
     def __str__(self) -> str:
         return str(self.report())
-
-    def _compare(self, first: _Task, second: _Task) -> str:
-        taken = self._try_out(first, second)
-        why = _difference(first, second)
-        if why is not None:
-            return f'nothing: {why}'
-        if not taken:
-            kinds = [f'{type(t.part.backbone).__module__.partition(".")[0]}.'
-                     f'{type(t.part.backbone).__name__}' for t in (first, second)]
-            if type(first.part.backbone) is not type(second.part.backbone):
-                return (f'nothing: their backbones are of two classes, {kinds[0]} and {kinds[1]}, '
-                        'with equal weights; one name in both configs would let them share')
-            return 'nothing: their backbones are built otherwise from the first layer on'
-        if taken == ['']:
-            return 'the whole backbone'
-        return f'the backbone up to where they part: {listed(taken, most=8)}'
-
-    def _try_out(self, first: _Task, second: _Task) -> list[str]:
-        """The modules that the second one of two tasks does not run, of the same input."""
-        taken: list[str] = []
-        if first.trunk is second.trunk:
-            for _ in range(2):  # the first run finds out what has to be copied
-                session = self._session([first, second])
-                for task in (first, second):
-                    with torch.inference_mode(False), torch.no_grad(), task.lock, \
-                            session.task(task.name):
-                        for shape in image_shapes(task.part.backbone):
-                            with contextlib.suppress(Exception):  # not at this size
-                                task.part(noise(task.part, shape, 1))
-                                break
-                taken = [path for _, path in session.taken[second.name]]
-        return taken
-
-
-@dataclass
-class TrunkEntry:
-    """One trunk in a report.
-
-    Attributes:
-        kind (str): Class of the backbone.
-        fingerprint (str): Hexadecimal.
-        nbytes (int): Of the frozen tensors, which are in memory once.
-        own_bytes (dict[str, int]): By task name, of everything else: prompts, neck, head.
-    """
-    kind: str
-    fingerprint: str
-    nbytes: int
-    own_bytes: dict[str, int]
-
-
-@dataclass
-class TrunkReport:
-    """What the tasks of a :class:`FrozenTrunk` share.
-
-    Attributes:
-        trunks (list[TrunkEntry]): The trunks.
-        pairs (dict[tuple[str, str], str]): For two tasks of one trunk, what of a pass the second
-            one does not run again where both are run on one image, or why nothing.
-    """
-    trunks: list[TrunkEntry] = field(default_factory=list)
-    pairs: dict[tuple[str, str], str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = []
-        for trunk in self.trunks:
-            own = ', '.join(f'{name} (+{_size(n)})' for name, n in trunk.own_bytes.items())
-            lines.append(f'{trunk.kind} {trunk.fingerprint[:16]}…, {_size(trunk.nbytes)} frozen, '
-                         f'once for {len(trunk.own_bytes)} tasks: {own}')
-            lines += [f'  {first} and {second} share {what}'
-                      for (first, second), what in self.pairs.items() if first in trunk.own_bytes]
-        if len(self.trunks) > 1:
-            lines.append(f'{len(self.trunks)} trunks: their backbones hold different weights, so '
-                         'nothing is shared between them')
-        return '\n'.join(lines) or 'no tasks'
-
-
-def _size(nbytes: int) -> str:
-    return f'{nbytes / 2**20:.1f} MiB'
-
-
-def _own_bytes(task: _Task, trunk: Trunk) -> int:
-    frozen = {tensor.data_ptr() for tensor in trunk.tensors.values()}
-    tensors = {t.data_ptr(): t.nbytes for t in (*task.model.parameters(), *task.model.buffers())}
-    return sum(nbytes for pointer, nbytes in tensors.items() if pointer not in frozen)
-
-
-def _difference(first: _Task, second: _Task) -> str | None:
-    """How what two tasks give to their backbones differs, tried out on two images; None where it
-    is the same."""
-    rng = np.random.default_rng(0)
-    for height, width in PROBES:
-        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        inputs = []
-        for task in (first, second):
-            with task.lock:
-                inputs.append(task.inference.model_input(image))
-        x, y = inputs
-        if x.shape != y.shape:
-            made = ' and '.join(f'{t.size(-1)}x{t.size(-2)}' for t in inputs)
-            return (f'their preprocessing differs: of an image of {width}x{height} pixels they '
-                    f'make {made} (scale, padding)')
-        if not equal(x, y):
-            if equal(x.flip(1).contiguous(), y.contiguous()):
-                return 'their preprocessing differs in the order of channels (RGB and BGR)'
-            scales = [_normalisation(task.model) for task in (first, second)]
-            if scales[0] != scales[1]:
-                return f'their preprocessing differs: {scales[0]} and {scales[1]}'
-            return (f'their preprocessing differs: inputs of one shape are up to '
-                    f'{float((x - y).abs().max()):.3g} apart (order of channels, interpolation, '
-                    'crop, …)')
-    return None
-
-
-def _normalisation(model: nn.Module) -> str:
-    told = []
-    for name in ('mean', 'std'):
-        values = getattr(model.data_preprocessor, name, None)
-        told.append(f'no {name}' if values is None else
-                    f'{name} {[round(value, 3) for value in values.flatten().tolist()]}')
-    return ', '.join(told)
-
-
-# --- arguments ----------------------------------------------------------------------------------
-
-
-def _names(tasks, images: list | None, known: dict[str, _Task]) -> list[list[str]]:
-    """The names of the tasks for each image."""
-    count = 1 if images is None else len(images)
-    if tasks is None:
-        tasks = list(known)
-        if not tasks:
-            raise TrunkError('there are no tasks; add(name, checkpoint) adds one')
-    if isinstance(tasks, str):
-        tasks = [tasks]
-    if not isinstance(tasks, (list, tuple)):
-        raise TrunkError(f'tasks must be names, or a list of names for each image, got {tasks!r}')
-    if any(isinstance(own, (list, tuple)) for own in tasks):
-        if images is None or len(tasks) != count:
-            raise TrunkError(f'tasks has lists of names for {len(tasks)} images, expected '
-                             f'{"one list for one image" if images is None else count}')
-        names = [[own] if isinstance(own, str) else list(own) for own in tasks]
-    else:
-        names = [list(tasks)] * count
-    for own in names:
-        if not own:
-            raise TrunkError('tasks is empty: expected at least one name for each image')
-        if len({*map(str, own)}) < len(own):
-            raise TrunkError(f'a task is named twice: {listed(map(str, own))}')
-    return names
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(
-        words in str(error) for words in ('out of memory', "can't allocate memory"))
-
-
-def _told(error: Exception) -> str:
-    first = ' '.join(str(error).split())[:300]
-    return f'ran out of memory: {first}' if _is_out_of_memory(error) else \
-        f'failed: {type(error).__name__}: {first}'
-

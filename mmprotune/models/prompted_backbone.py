@@ -7,23 +7,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mmprotune.checkpoints.slim import check_incoming
-from mmprotune.freezing import (
-    apply_to_the_rest,
-    fingerprint,
-    frozen_tensors,
-    keep_frozen_in_eval,
-)
-from mmprotune.freezing.fingerprint import identity
 from mmprotune.lean.convert import make_lean, restore, store_weights
 from mmprotune.lean.dry_run import tensors_in
 from mmprotune.lean.graph import is_recorded
@@ -33,17 +23,18 @@ from mmprotune.registry import MODELS
 from . import calls
 from .arguments import default_to_none
 from .compiling import Compiled, check_compile
-from .identity import PACKED_BYTES, ROUNDING, difference, function_of
+from .frozen_backbone import FrozenBackbone
+from .identity import function_of
 from .insertion import Stage
 from .modes import drop_paths, modules_with_mode
 from .options import check_arguments
-from .pretrained import PretrainedFileError, build_backbone, freeze_built, given_backbone
+from .pretrained import build_backbone, given_backbone
 from .prompting import add_prompts, apply_prompt
 from .trace import StageError, Trace
 
 
 @MODELS.register_module()
-class PromptedBackbone(BaseModule):
+class PromptedBackbone(FrozenBackbone):
     r"""Freezes a backbone and adds an input-dependent vision prompt at the end of each stage.
 
     .. math:: x_i = S_i(\hat x_{i-1}), \qquad \hat x_i = x_i + P_i(x_i)
@@ -144,10 +135,15 @@ class PromptedBackbone(BaseModule):
                  stem: bool = False,
                  drop_path: bool = False,
                  compile: bool | dict = False) -> None:
-        super().__init__()
         check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean,
                         insert, drop_path)
         check_compile(compile)
+        if isinstance(backbone, nn.Module):
+            built = given_backbone(backbone, pretrained, init_cfg, frozen_from)
+        else:
+            built = build_backbone(
+                ConfigDict(copy.deepcopy(backbone)), pretrained, init_cfg, frozen_from)
+        super().__init__(built, everything=freeze == 'all', trainable=trainable)
         self.freeze = freeze
         self.trainable = tuple(trainable)
         self.last_stage = last_stage
@@ -155,16 +151,6 @@ class PromptedBackbone(BaseModule):
         self.lean = lean
         self.frozen_from = frozen_from
         self.compiled: Compiled | None = None
-        if isinstance(backbone, nn.Module):
-            built = given_backbone(backbone, pretrained, init_cfg, frozen_from)
-        else:
-            built = build_backbone(
-                ConfigDict(copy.deepcopy(backbone)), pretrained, init_cfg, frozen_from)
-        self.backbone = built.module
-        self.frozen_source = built.source
-        self._missing = built.missing
-        self.names_with_mode: frozenset[str] = frozenset()
-        self.frozen_names = freeze_built(built, everything=freeze == 'all', trainable=trainable)
         self.stages: list[Stage] = []
         self.prompts = nn.ModuleDict()
         handle = default_to_none(self.backbone)
@@ -172,8 +158,6 @@ class PromptedBackbone(BaseModule):
         trace = None
         if prompt is not None:
             trace = add_prompts(self, prompt, stages, stem)
-        self.register_buffer('frozen_function', torch.zeros(PACKED_BYTES, dtype=torch.uint8))
-        self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
         self.frozen_function.copy_(function_of(self, trace=trace))
         self.names_with_mode = modules_with_mode(self, trace)
         if self.prompts and insert == 'outputs' and self.names_with_mode:
@@ -188,8 +172,6 @@ class PromptedBackbone(BaseModule):
         self.refresh_fingerprint()
         if compile is not False:
             self.compiled = Compiled(compile)
-        self._register_state_dict_hook(_drop_frozen)
-        self.register_load_state_dict_post_hook(_after_load)
         self.train()
 
     # --- construction -------------------------------------------------------------------------
@@ -230,18 +212,6 @@ class PromptedBackbone(BaseModule):
         if not is_recorded():
             calls.keep_with_graph(self, call, tensors_in(outputs))
         return outputs
-
-    @property
-    def lacks_weights(self) -> bool:
-        """Whether the backbone has random weights, as its file could not be had."""
-        return self._missing is not None
-
-    def require_weights(self) -> None:
-        """Raises :class:`PretrainedFileError` where the backbone has random weights."""
-        if self._missing is not None:
-            raise PretrainedFileError(
-                f'backbone: {self.frozen_source} cannot be had ({self._missing}), and no full '
-                'checkpoint has filled the backbone')
 
     def apply_prompt(self, stage: Stage, x: Tensor, args: tuple = (), kwargs: dict | None = None):
         """Adds the prompt to one stage's feature (or replaces it, for a serial last stage).
@@ -308,21 +278,6 @@ class PromptedBackbone(BaseModule):
         self.frozen_function.copy_(self.function_of())
         return self.backbone
 
-    # --- modes, weights, state ----------------------------------------------------------------
-
-    def train(self, mode: bool = True) -> PromptedBackbone:
-        """Sets the mode; whatever is frozen stays in eval mode.
-
-        Where a backbone returns more in training (for auxiliary heads, or in several branches),
-        the modules that decide about that are told the mode, with ``drop_path=True`` those that
-        drop branches, and no others.
-        """
-        super().train(mode)
-        keep_frozen_in_eval(self.backbone)
-        for name in self.names_with_mode:
-            self.backbone.get_submodule(name).training = mode
-        return self
-
     def init_weights(self) -> None:
         """Draws the prompts' weights anew. The backbone has had its weights since construction.
 
@@ -336,90 +291,3 @@ class PromptedBackbone(BaseModule):
             if hasattr(prompt, 'init_weights'):
                 prompt.init_weights()
         self._is_init = True
-
-    def apply(self, fn: Callable[[nn.Module], None]) -> PromptedBackbone:
-        """As PyTorch's, except that frozen tensors keep their values: an ``init_cfg`` of the model
-        around this backbone draws new weights for all layers of a type in this way.
-
-        Args:
-            fn (Callable): Called with every submodule and this module.
-        """
-        for child in self.children():
-            if child is self.backbone:
-                apply_to_the_rest(child, fn, self.frozen_names)
-            else:
-                child.apply(fn)
-        fn(self)
-        return self
-
-    def _replicate_for_data_parallel(self):
-        raise NotImplementedError(
-            'PromptedBackbone does not run under nn.DataParallel, whose replicas would share the '
-            "first one's prompts; use DistributedDataParallel (tools/dist_train.sh)")
-
-    def frozen_tensors(self) -> dict[str, Tensor]:
-        """The frozen parameters and buffers by dotted name in ``backbone``."""
-        return frozen_tensors(self.backbone, self.frozen_names)
-
-    def refresh_fingerprint(self) -> None:
-        """Computes the fingerprint of the frozen tensors as they are now, and where it is another
-        one, what they compute."""
-        tensors = identity(self.frozen_tensors())
-        sha = fingerprint(tensors)
-        self.frozen_fingerprint.copy_(sha)
-        # No buffer: DistributedDataParallel would overwrite it with the first process's.
-        before = self.__dict__.get('own_fingerprint')
-        self.own_fingerprint = bytes(sha.tolist()).hex()
-        if before not in (None, self.own_fingerprint):
-            self.refresh_function()
-        self.frozen_dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-
-    def refresh_function(self) -> None:
-        """Computes ``frozen_function`` anew; rounding alone does not change it, so that the same
-        backbone gives the same file."""
-        function = self.function_of()
-        if not self.frozen_function.any() or \
-                max(difference(function, self.frozen_function)) > ROUNDING:
-            self.frozen_function.copy_(function)
-
-    def function_of(self, frozen: Mapping[str, Tensor] | None = None,
-                    former: bool = False) -> Tensor:
-        """What ``frozen_function`` would be now, or with other values for the frozen tensors; see
-        :func:`mmprotune.models.identity.function_of`."""
-        return function_of(self, frozen, former=former)
-
-    @staticmethod
-    def function_distance(first: Tensor, second: Tensor) -> tuple[float, float]:
-        """How far two values of ``frozen_function`` are apart, without and with prompts."""
-        plain, prompted = difference(first, second)
-        return plain, prompted
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        check_incoming(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def __getattr__(self, name: str):
-        """Public attributes that hosts look up on a backbone (``out_indices``, …)."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            inner = self.__dict__.get('_modules', {}).get('backbone')
-            if inner is None or name.startswith('_'):
-                raise
-            return getattr(inner, name)
-
-
-def _drop_frozen(module: PromptedBackbone, destination, prefix: str, _) -> None:
-    """State-dict hook: leaves out exactly the frozen tensors of this module."""
-    for name in module.frozen_names:
-        destination.pop(f'{prefix}backbone.{name}', None)
-
-
-def _after_load(module: PromptedBackbone, incompatible) -> None:
-    """Load hook: frozen tensors that a slim file leaves out are not missing."""
-    prefix, expected = module.__dict__.pop('_incoming', ('', None))
-    frozen = {f'{prefix}backbone.{n}' for n in module.frozen_names}
-    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in frozen]
-    if expected is not None:
-        module._missing = None
-        expected.verify(module)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from .conftest import load_tool
 
@@ -9,17 +10,27 @@ tool = load_tool('analysis_tools/benchmark_trunk.py')
 
 def result(**changes) -> dict:
     ways = {way: [dict(tasks=n, resident=factor * n * 2**20, tensors=n, image_s=0.5 * n,
-                       backbone_s=0.25 * factor, first_add_s=3., later_add_s=2. if n > 1 else None)
+                       adding_peak=4 * factor * 2**20, backbone_s=0.25 * factor, first_add_s=3.,
+                       later_add_s=2. if n > 1 else None)
                   for n in (1, 2)] for way, factor in (('trunk', 1), ('separate', 3))}
     return {'backbone': 'resnet50', 'insert': 'outputs', 'scale': 224, **ways, **changes}
 
 
 def test_table_and_plot(tmp_path):
     lines = tool.table(result()).splitlines()
-    assert lines[-1] == '| 2 | 2 | 6 | 1.00 | 1.00 | 0.25 | 0.75 | 2.00 | 2.00 |'
+    assert lines[-1] == ('| 2 | 2 | 6 | 4 | 12 | 1.000 | 1.000 | 0.250 | 0.750 '
+                         '| 2.000 | 2.000 |')
     assert lines[-2].endswith('| – | – |')
     tool.plot([result(), result(insert='none')], str(tmp_path / 'a.png'))
     assert (tmp_path / 'a.png').stat().st_size > 5000
+
+
+def test_the_peak_counts_what_is_given_back_again():
+    before, peak = tool.resident('cpu'), tool.Peak('cpu')
+    assert peak() - before < 64 * 2**20
+    torch.ones(2**25)  # 128 MiB
+    assert tool.resident('cpu') - before < 64 * 2**20
+    assert peak() - before > 120 * 2**20
 
 
 @pytest.mark.parametrize('argv, message', [

@@ -156,6 +156,24 @@ def resident(device: str) -> int:
     return pages * os.sysconf('SC_PAGE_SIZE')
 
 
+class Peak:
+    """Most bytes that this process held on the device at a time since this was made."""
+
+    def __init__(self, device: str):
+        self.cuda = device.startswith('cuda')
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):  # Linux begins to count anew
+                Path('/proc/self/clear_refs').write_text('5')
+
+    def __call__(self) -> int:
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        status = Path('/proc/self/status').read_text()
+        return int(status.split('VmHWM:')[1].split()[0]) * 1024
+
+
 @contextlib.contextmanager
 def timed_backbones(models: Sequence[nn.Module]) -> Iterator[list[float]]:
     """Seconds in each call of the models' frozen backbones. Prompts on outputs, which are each
@@ -187,13 +205,14 @@ def measure(args: argparse.Namespace) -> list[dict]:
         if kind in warm:
             warm.remove(kind)
     before = resident(args.device)
-    trunks, found, adding = [], [], []
+    trunks, found, adding, above = [], [], [], []
     for i, path in enumerate(args.files):
         if args.measure == 'separate' or not trunks:
             trunks.append(mmprotune.FrozenTrunk(args.device))
-        start = clock()
+        held, peak, start = resident(args.device), Peak(args.device), clock()
         trunks[-1].add(f'task{i}', path)
         adding.append(clock() - start)
+        above.append(peak() - held)
         if i + 1 not in args.tasks:
             continue
         held = resident(args.device) - before
@@ -215,7 +234,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
                 entry.nbytes + sum(entry.own_bytes.values()) for entry in entries),
             image_s=statistics.median(images), backbone_s=statistics.median(backbones),
             first_add_s=adding[0],
-            later_add_s=statistics.median(adding[1:]) if i else None))
+            later_add_s=statistics.median(adding[1:]) if i else None,
+            adding_peak=max(above[1:], default=above[0])))
     del models, entries
     held = resident(args.device)
     trunks[-1].remove(trunks[-1].tasks[-1])
@@ -259,13 +279,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def table(result: dict) -> str:
     lines = [f'{result["backbone"]}, prompts: {result["insert"]}',
-             '| tasks | memory, MiB | separate | s an image | separate | s in backbones | separate '
-             '| s to add one more | separate |', '|--:' * 9 + '|']
+             '| tasks | memory, MiB | separate | peak of adding one, MiB | separate | s an image '
+             '| separate | s in backbones | separate | s to add one more | separate |',
+             '|--:' * 11 + '|']
     for ours, theirs in zip(result['trunk'], result['separate']):
         cells = [str(ours['tasks'])]
-        cells += [f'{way["resident"] / 2**20:.0f}' for way in (ours, theirs)]
+        for key in ('resident', 'adding_peak'):
+            cells += [f'{way[key] / 2**20:.0f}' for way in (ours, theirs)]
         for key in ('image_s', 'backbone_s', 'later_add_s'):
-            cells += ['–' if way[key] is None else f'{way[key]:.2f}' for way in (ours, theirs)]
+            cells += ['–' if way[key] is None else f'{way[key]:.3f}' for way in (ours, theirs)]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
