@@ -53,6 +53,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         help='runs at a time (default: one on a CPU, one on each GPU)')
     parser.add_argument('--threads', type=int, default=1,
                         help='of a run on a CPU (default: %(default)s)')
+    parser.add_argument('--keep-weights', action='store_true',
+                        help='final runs leave their weights and config in OUT/logs/final_…')
     parser.add_argument('--report', action='store_true',
                         help='run nothing; write table and picture of what OUT has')
     args = parser.parse_args(argv)
@@ -107,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f'too few images show {listed(split.alone)}: the held-out ones or the others '
                       'have none')
         use_no_workers(cfg, args)
-        plan = Plan(methods, sorted(args.lrs), args.seeds, args.sweep_seeds, args.metric)
+        plan = Plan(methods, sorted(args.lrs), args.seeds, args.sweep_seeds, args.metric,
+                    args.keep_weights)
         run(cfg, plan, split, results, args)
     report(args.out, names, args.metric)
 

@@ -51,12 +51,14 @@ class Plan:
         seeds (Sequence[int]): Of the final runs.
         sweep_seeds (Sequence[int]): Of the sweep.
         metric (str): Decides about rates; the larger the better.
+        keep_weights (bool): Whether the final runs leave their weights.
     """
     methods: Sequence[Method]
     lrs: Sequence[float]
     seeds: Sequence[int]
     sweep_seeds: Sequence[int]
     metric: str
+    keep_weights: bool = False
 
 
 @dataclass

@@ -42,8 +42,9 @@ IDLE_HOOKS = ('CheckpointHook', 'PromptCheckpointHook', 'PromptStatsHook', 'Earl
 
 
 def cell_config(cfg: Config, method: Method, cell: Cell, split: Split | None,
-                folder: str) -> Config:
-    """The config of one cell: the method, rate and seed; one validation at the end; no files.
+                folder: str, keep: bool = False) -> Config:
+    """The config of one cell: the method, rate and seed; one validation at the end; no files
+    but, for a final run, the weights where they are to be kept.
 
     Args:
         cfg (Config): The config that is compared, left as it is.
@@ -51,6 +52,7 @@ def cell_config(cfg: Config, method: Method, cell: Cell, split: Split | None,
         cell (Cell): The cell.
         split (Split, optional): Where the training set is divided; needed in the phase 'sweep'.
         folder (str): Where its log goes.
+        keep (bool): Whether a final run leaves its weights there. Defaults to False.
 
     Returns:
         Config: A config that ``tools/train.py`` takes as well.
@@ -70,8 +72,16 @@ def cell_config(cfg: Config, method: Method, cell: Cell, split: Split | None,
     hooks = dict(cfg.get('default_hooks') or {})
     cfg.default_hooks = {name: hook for name, hook in hooks.items()
                          if not _is_idle(hook) and name != 'visualization'}
+    kept = None
     cfg.default_hooks['checkpoint'] = None  # or MMEngine adds its own
-    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or [] if not _is_idle(hook)]
+    if keep and cell.phase == 'final':
+        kept = 'PromptCheckpointHook'
+        cfg.default_hooks['checkpoint'] = dict(
+            type='CheckpointHook', interval=-1, by_epoch=cfg.train_cfg.get('type') != (
+                'IterBasedTrainLoop') and cfg.train_cfg.get('by_epoch', True),
+            save_optimizer=False, save_param_scheduler=False)
+    cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks') or []
+                        if not _is_idle(hook) or type_name(hook) == kept]
     cfg.visualizer = dict(type='mmengine.Visualizer', vis_backends=[], name=cell.name)
     cfg.work_dir, cfg.launcher, cfg.experiment_name = folder, 'none', cell.name
     cfg.resume = False
@@ -93,16 +103,17 @@ def _is_idle(hook: object) -> bool:
     return type_name(hook) in IDLE_HOOKS
 
 
-def run_cell(cfg: Config, method: Method, cell: Cell, split: Split | None, folder: str) -> dict:
+def run_cell(cfg: Config, method: Method, cell: Cell, split: Split | None, folder: str,
+             keep: bool = False) -> dict:
     """Trains and validates, or counts.
 
     Args:
-        cfg, method, cell, split, folder: See :func:`cell_config`.
+        cfg, method, cell, split, folder, keep: See :func:`cell_config`.
 
     Returns:
         dict: Numbers by name.
     """
-    cfg = cell_config(cfg, method, cell, split, folder)
+    cfg = cell_config(cfg, method, cell, split, folder, keep)
     if cell.phase == 'cost':
         return count_costs(cfg)
     runner = build_runner(cfg)
@@ -204,7 +215,7 @@ class _Job:
     """A cell at work in a process of its own."""
 
     def __init__(self, cell: Cell, args: tuple, folder: Path, threads: int,
-                 device: str | None) -> None:
+                 device: str | None, keep: bool) -> None:
         self.cell, self.device, self._began = cell, device, time.monotonic()
         self._folder = folder / cell.name
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +224,7 @@ class _Job:
         context = multiprocessing.get_context('fork' if device is None else 'spawn')
         self.process = context.Process(
             target=_in_child, args=(run_cell, self._folder, threads,
-                                    (*args, str(self._folder))))
+                                    (*args, str(self._folder), keep)))
         with _visible(device):
             self.process.start()
 
@@ -294,7 +305,7 @@ def run_all(cfg: Config, plan: Plan, split: Split | None, results: Results, fold
                 cell = waiting.pop(0)
                 used = [job.device for job in active]
                 active.append(_Job(cell, (cfg, methods[cell.method], cell, split), folder,
-                                   threads, min(places, key=used.count)))
+                                   threads, min(places, key=used.count), plan.keep_weights))
             if not active:
                 return
             wait([job.process.sentinel for job in active])

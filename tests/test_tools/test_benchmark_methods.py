@@ -9,8 +9,11 @@ import signal
 import statistics
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 
+from mmprotune import checkpoint
 from mmprotune.comparison import runs
 from mmprotune.comparison.methods import Method
 from mmprotune.comparison.plan import Cell, Plan, Results, due, sweep_of
@@ -72,7 +75,7 @@ def key(entry: dict) -> tuple:
 
 def scored(monkeypatch, score) -> list[Cell]:
     """Lets cells report ``score(cell)`` instead of training; returns the cells that are begun."""
-    def run_cell(cfg, method, cell, split, folder):
+    def run_cell(cfg, method, cell, split, folder, keep):
         if cell.phase == 'cost':
             return dict(trained_backbone=1, trained=2, kept=3, checkpoint=4)
         return dict(m=score(cell))
@@ -284,6 +287,22 @@ def test_schedules_keep_their_shape(schedule, key, rate):
 
 
 # --- processes --------------------------------------------------------------------------------
+
+
+def test_final_runs_leave_their_weights_where_asked(config, tmp_path):
+    run(config, tmp_path, '--keep-weights', methods=['full', 'branches'], lrs=['1e-2'])
+    weights = {path.parent.name.split('_lr')[0]: path for path in tmp_path.rglob('*.pth')}
+    assert set(weights) == {'final_full', 'final_branches'}
+    for name, path in weights.items():
+        cfg = Config.fromfile(next(path.parent.glob('*.py')))
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            model = MODELS.build(cfg.model)
+        slim = checkpoint.read(path)
+        assert 'optimizer' not in slim
+        checkpoint.load(model, path)
+        assert all(torch.equal(tensor, model.state_dict()[key])
+                   for key, tensor in slim['state_dict'].items())
+        assert ('mmprotune' in slim['meta']) == (name == 'final_branches')
 
 
 def test_on_gpus_each_run_sees_one(config, tmp_path, monkeypatch):
