@@ -86,8 +86,8 @@ class PromptedBackbone(FrozenBackbone):
             end of every block; 'branches': inside every residual branch, before its addition;
             'narrow': inside every residual branch where its feature has fewest channels (behind the
             3x3 convolution of a ResNet bottleneck), else as 'branches'; 'outputs': on what the
-            backbone returns, so that nothing feeds back into it; 'auto': as 'narrow', or as
-            'stages' in a backbone without residual branches. All but the first are this
+            backbone returns, so that nothing feeds back into it; 'auto': as 'narrow' in a network
+            of convolutions with residual branches, else as 'stages'. All but the first are this
             package's. Defaults to 'stages'.
         stem (bool): Whether a prompt stands behind the stem, too. Defaults to False.
         drop_path (bool): Whether the frozen layers' drop path drops branches in training, at the

@@ -59,7 +59,7 @@ def paths(cfg, insert, **kwargs):
      'stages.2'),
     (RESNET18, 'outputs', 4, '', ''),
     (RESNET50, 'auto', 16, 'layer1.0.bn2', 'layer4.2.bn2'),
-    (SWIN, 'auto', 10, 'stages.0.blocks.0.attn', 'stages.3.blocks.0.ffn.layers'),
+    (SWIN, 'auto', 4, 'stages.0.blocks.0', 'stages.3.blocks.0'),  # has linear layers
     (VGG, 'auto', None, 'features.0', None),  # has no branches
 ], ids=lambda value: value.get('type') if isinstance(value, dict) else None)
 def test_places(cfg, insert, count, first, last):
