@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import functional
 from .functional import activations
 from .graph import FrozenLayerError, LeanState, builds_graph
+from .int8 import scale_in, scale_of
 from .precision import cast
 
 
@@ -47,8 +48,8 @@ class LeanLayer:
     def _stock(self, x: Tensor, *args):
         """What the stock layer computes, gradients of its parameters included. Weights that are
         stored in a lower precision are converted."""
-        own = dict(self.named_parameters())
-        converted = {n: cast(p, x) for n, p in own.items()}
+        own, buffers = dict(self.named_parameters()), dict(self.named_buffers())
+        converted = {n: cast(p, x, scale_in(buffers, n, p)) for n, p in own.items()}
         same = all(converted[n] is p for n, p in own.items())
         return self.stock_class.forward(self if same else stand_in(self, converted), x, *args)
 
@@ -133,7 +134,8 @@ class Conv(LeanLayer):
         if self._trains():
             return self._stock(x, *(() if output_size is None else (output_size, )))
         return functional.convolution(
-            x, self.weight, self.bias, self._settings(x, output_size), self._owner())
+            x, self.weight, self.bias, self._settings(x, output_size), self._owner(),
+            scale_of(self))
 
 
 class ConvTranspose(Conv):
@@ -154,7 +156,8 @@ class Linear(LeanLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self._trains():
             return self._stock(x)
-        return functional.linear(x, self.weight, self.bias, self._owner(), self.lean.rounds)
+        return functional.linear(
+            x, self.weight, self.bias, self._owner(), self.lean.rounds, scale_of(self))
 
 
 class BatchNorm(LeanLayer):
