@@ -14,6 +14,7 @@ from mmprotune.lean.convert import store_weights
 from mmprotune.lean.graph import TORCH_BEFORE_2_4
 from mmprotune.lean.int8 import scale_names, scale_of
 from mmprotune.lean.memory import KeptBytes
+from tests.conftest import RESNET18
 from tests.test_lean.functions import draw
 from tests.test_lean.networks import (
     SMALL,
@@ -150,11 +151,12 @@ def test_copies_and_pickles():
 
 
 @pytest.mark.skipif(TORCH_BEFORE_2_4, reason='ordinary operators are recorded there')
-@pytest.mark.parametrize('name', ['resnet', 'vit'])
-def test_compiled(name):
+@pytest.mark.parametrize('backbone', [
+    RESNET18, dict(SMALL['vit'], num_layers=4, out_indices=(0, 1, 2, 3))], ids=['resnet', 'vit'])
+def test_compiled(backbone):
     options = dict(backbone_dtype='int8', compile=dict(backend='aot_eager_decomp_partition'))
     torch._dynamo.reset()
-    model = prompted(SMALL[name], **options)
+    model = prompted(backbone, **options)
     x = images(1, 3, 96, 64)
     (outputs, gradients), (expected, exact) = step(model, x), step(ordinary(model), x)
     assert not model.compiled.failed
@@ -213,7 +215,7 @@ def test_a_weight_that_two_layers_have():
 
 @pytest.mark.parametrize('name', ['layer2.0.conv1.weight', 'layer2.0.conv1.weight_scale'])
 def test_audit_and_snapshot_look_at_both_tensors(name):
-    model = prompted(SMALL['resnet'], backbone_dtype='int8')
+    model = prompted(RESNET18, backbone_dtype='int8')
     assert name in model.frozen_names and f'backbone.{name}' not in model.state_dict()
     audit(model)
     snapshot = FrozenSnapshot(model)
@@ -226,19 +228,19 @@ def test_audit_and_snapshot_look_at_both_tensors(name):
 
 
 def test_an_initialisation_from_outside_leaves_them():
-    model = prompted(SMALL['resnet'], backbone_dtype='int8')
+    model = prompted(RESNET18, backbone_dtype='int8')
     model.apply(lambda m: nn.init.normal_(m.weight) if isinstance(m, nn.Conv2d) else None)
     audit(model)
 
 
 def test_unwrapped_it_is_an_ordinary_network():
-    model = prompted(SMALL['resnet'], backbone_dtype='int8')
+    model = prompted(RESNET18, backbone_dtype='int8')
     x = images(1, 3, 96, 64)
     with torch.no_grad(), model.without_prompts():
         expected = outputs_of(model, x)
     backbone = model.unwrap()
     assert all(t.is_floating_point() for t in backbone.parameters())
-    assert set(backbone.state_dict()) == set(prompted(SMALL['resnet']).backbone.state_dict())
+    assert set(backbone.state_dict()) == set(prompted(RESNET18).backbone.state_dict())
     with torch.no_grad():
         assert distance(backbone(x), expected) < 1e-5
     assert model.frozen_names <= set(backbone.state_dict())
@@ -249,7 +251,7 @@ def test_unwrapped_it_is_an_ordinary_network():
 
 
 def test_slim_files_are_of_one_precision():
-    models = {dtype: prompted(SMALL['resnet'], backbone_dtype=dtype)
+    models = {dtype: prompted(RESNET18, backbone_dtype=dtype)
               for dtype in (None, 'bfloat16', 'int8')}
     assert len({bytes(m.frozen_fingerprint.tolist()) for m in models.values()}) == 3
     for dtype, model in models.items():
