@@ -3,8 +3,9 @@
 Processes on this machine train the methods of configs/methods in turn, on the same noise images,
 with DistributedDataParallel over gloo. Bytes and buckets are what that hands to the all-reduce;
 checkpoints are counted by their tensors. With --steps, each step is run with reducing and without,
-in turn. Then the arithmetic for more processes: 2 (n - 1) / n times the bytes by the bandwidth of a
-link, which is what a ring takes where latency is nothing.
+in turn; processor seconds are those of one process with all its threads, which other work on the
+machine does not lengthen as it does a step. Then the arithmetic for more processes: 2 (n - 1) / n
+times the bytes by the bandwidth of a link, which is what a ring takes where latency is nothing.
 """
 from __future__ import annotations
 
@@ -110,35 +111,35 @@ class Trained:
         return distributed.all_reduce(flat, async_op=True).get_future().then(
             lambda done: done.value()[0])
 
-    def step(self, reduce: bool = True) -> float:
+    def step(self, reduce: bool = True) -> tuple[float, float]:
         """One training step that all processes begin together.
 
         Args:
             reduce (bool): Whether the gradients are reduced. Defaults to True.
 
         Returns:
-            float: Seconds.
+            tuple[float, float]: Seconds, and processor seconds.
         """
         # Models note things on their samples, and draw regions.
         data = copy.deepcopy(self.data)
         torch.manual_seed(0)
         np.random.seed(0)
         distributed.barrier()
-        start = time.perf_counter()
+        start = _now()
         with contextlib.nullcontext() if reduce else self.wrapped.no_sync():
             self.model.parse_losses(self.wrapped(**data, mode='loss'))[0].backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - start
+        return _since(start)
 
-    def reduce_alone(self) -> float:
-        """Seconds of the all-reduces of one step where nothing else runs."""
+    def reduce_alone(self) -> tuple[float, float]:
+        """As :meth:`step`, of nothing but its all-reduces."""
         buffers = [torch.zeros(count // 4) for count in self.buckets]
         distributed.barrier()
-        start = time.perf_counter()
+        start = _now()
         for work in [distributed.all_reduce(buffer, async_op=True) for buffer in buffers]:
             work.wait()
-        return time.perf_counter() - start
+        return _since(start)
 
     def counts(self) -> dict[str, int]:
         state = [t for s in self.optimizer.state.values() for t in s.values()]
@@ -146,6 +147,14 @@ class Trained:
                     gradients=sum(p.nbytes for p in self.parameters), reduced=sum(self.buckets),
                     buckets=len(self.buckets), checkpoint=self.checkpoint,
                     optimizer=sum(t.nbytes for t in state if isinstance(t, torch.Tensor)))
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(start: tuple[float, float]) -> tuple[float, float]:
+    return tuple(after - before for before, after in zip(start, _now()))
 
 
 def _work(rank: int, cfg: Config, args: argparse.Namespace, folder: str) -> None:
@@ -175,16 +184,20 @@ def _work(rank: int, cfg: Config, args: argparse.Namespace, folder: str) -> None
     distributed.destroy_process_group()
 
 
-def shares(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Medians of seconds, and of the share of a step that reducing adds to the one beside it.
+def shares(seconds: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
+    """Medians, and the share of a step's processor seconds that reducing adds.
 
     Args:
-        seconds (dict[str, list[float]]): Of steps with reducing (``reducing``) and ``without``, and
-            of reducing ``alone``.
+        seconds (dict[str, list[tuple[float, float]]]): Seconds and processor seconds of steps with
+            reducing (``reducing``) and ``without``, and of reducing ``alone``.
+
+    Returns:
+        dict[str, float]: ``step``, seconds; the others, processor seconds; and ``share``.
     """
-    added = [1 - without / whole for whole, without in zip(seconds['reducing'], seconds['without'])]
-    return dict({kind: statistics.median(values) for kind, values in seconds.items()},
-                share=statistics.median(added))
+    found = {kind: statistics.median(processor for _, processor in values)
+             for kind, values in seconds.items()}
+    return dict(found, step=statistics.median(wall for wall, _ in seconds['reducing']),
+                share=1 - found['without'] / found['reducing'])
 
 
 def ring_seconds(count: int, processes: int, bandwidth: float) -> float:
@@ -226,12 +239,12 @@ def table(found: dict) -> str:
     rows = [('', 'trains', 'reduced MiB', 'buckets', 'weights MiB', 'with AdamW')]
     timed = any('share' in figures for figures in found.values())
     if timed:
-        rows[0] += ('step s', 'without', 'alone', 'share')
+        rows[0] += ('step s', 'processor s', 'without', 'alone', 'share')
     for name, f in found.items():
         row = (name, f'{f["parameters"]:,}', f'{f["reduced"] / MIB:.2f}', str(f['buckets']),
                f'{f["checkpoint"] / MIB:.2f}', f'{(f["checkpoint"] + f["optimizer"]) / MIB:.2f}')
         if timed:
-            row += (*(f'{f[key]:.3f}' for key in ('reducing', 'without', 'alone')),
+            row += (*(f'{f[key]:.3f}' for key in ('step', 'reducing', 'without', 'alone')),
                     f'{f["share"]:.1%}')
         rows.append(row)
     rows.append(('', ) * len(rows[0]))
