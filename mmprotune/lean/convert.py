@@ -100,8 +100,8 @@ def restore(module: nn.Module) -> None:
     Args:
         module (nn.Module): The network.
     """
+    dequantize(module)
     for child in module.modules():
-        dequantize(child)
         if isinstance(child, LeanLayer):
             child.__class__ = child.stock_class
         if isinstance(child.__dict__.get('lean'), (LeanState, PromptState)):
@@ -142,12 +142,12 @@ def store_weights(module: nn.Module,
         called.update(child for parent in module.modules() if isinstance(parent, ATTENTION)
                       for child in parent.modules())
         foreign.update(set(module.modules()) - called)
-    scales: dict[int, Tensor] = {}
+    shared: dict[nn.Parameter, tuple] = {}
     for path, layer in module.named_modules():
         if isinstance(layer, STORES_WEIGHTS) and layer not in foreign:
             if dtype == 'int8':
                 names = [n for n, p in layer._parameters.items() if p is not None and p.dim() > 1]
-                kept.extend(path for name in names if not quantize(layer, name, scales))
+                kept.extend(path for name in names if not quantize(layer, name, shared))
                 continue
             for parameter in layer.parameters(recurse=False):
                 if parameter.is_floating_point() and parameter.element_size() > 2:

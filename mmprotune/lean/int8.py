@@ -1,12 +1,10 @@
 """Frozen weights in 8 bits: integers from -127 to 127, and a scale for each output channel.
 
-Plain tensors: the parameter ``weight`` becomes int8 and gets a buffer ``weight_scale`` beside it,
-so that fingerprints, audits, checkpoints and trunks have them as any other frozen tensors. Layers
-compute with the product of both.
+Plain tensors: the parameter ``weight`` becomes a buffer of that name, int8, with ``weight_scale``
+beside it, so that fingerprints, audits, checkpoints and trunks have them as any other frozen
+tensors. No parameters, as hosts take means of those. Layers compute with the product of both.
 """
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,63 +16,77 @@ _LARGEST = 127
 
 
 def scale_of(module: nn.Module, name: str = 'weight') -> Tensor | None:
-    """The scale of a parameter.
+    """The scale of a weight.
 
     Args:
         module (nn.Module): Its owner.
         name (str): Its name. Defaults to 'weight'.
 
     Returns:
-        Tensor, optional: It broadcasts against the parameter; None where that is not in 8 bits.
+        Tensor, optional: It broadcasts against the weight; None where that is not in 8 bits.
     """
-    parameter = module._parameters.get(name)
-    if parameter is None or parameter.dtype != torch.int8:
+    weight = module._buffers.get(name)
+    if weight is None or weight.dtype != torch.int8:
         return None
-    return module._buffers[name + _SUFFIX]
+    return module._buffers.get(name + _SUFFIX)
 
 
-def scale_in(buffers: Mapping[str, Tensor], name: str, parameter: Tensor) -> Tensor | None:
-    """As :func:`scale_of`, by dotted name in a module whose buffers by name are given."""
-    return buffers[name + _SUFFIX] if parameter.dtype == torch.int8 else None
+def weights_in(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """The weights in 8 bits in a network, with their scales, by dotted name.
+
+    Args:
+        module (nn.Module): The network.
+    """
+    return {f'{path}.{name}' if path else name: (weight, scale_of(child, name))
+            for path, child in module.named_modules(remove_duplicate=False)
+            for name, weight in child._buffers.items() if scale_of(child, name) is not None}
 
 
 def scale_names(module: nn.Module) -> set[str]:
     """Dotted names of the scales in a network."""
-    return {f'{path}.{name}{_SUFFIX}' if path else name + _SUFFIX
-            for path, child in module.named_modules(remove_duplicate=False)
-            for name in child._parameters if scale_of(child, name) is not None}
+    return {name + _SUFFIX for name in weights_in(module)}
 
 
-def quantize(module: nn.Module, name: str, shared: dict[int, Tensor]) -> bool:
+def quantize(module: nn.Module, name: str, shared: dict[nn.Parameter, tuple]) -> bool:
     """Stores a parameter of two dimensions or more in 8 bits, in place.
 
     Args:
         module (nn.Module): Its owner, which is lean.
         name (str): Its name.
-        shared (dict[int, Tensor]): Scales by the ``id`` of the parameter, of those that were stored
-            before; several modules may have one parameter. Added to.
+        shared (dict[nn.Parameter, tuple]): What parameters became that were stored before; several
+            modules may have one. Added to.
 
     Returns:
         bool: False where it stays as it is, as it holds values that are not finite.
     """
     parameter = module._parameters[name]
-    if id(parameter) not in shared:
+    if parameter not in shared:
         if not parameter.isfinite().all():
             return False
-        parameter.data, shared[id(parameter)] = _rounded(module, parameter.data)
-    module.register_buffer(name + _SUFFIX, shared[id(parameter)])
+        shared[parameter] = _rounded(module, parameter)
+    del module._parameters[name]
+    for suffix, tensor in zip(('', _SUFFIX), shared[parameter]):
+        module.register_buffer(name + suffix, tensor)
     module._register_load_state_dict_pre_hook(_round_incoming, with_module=True)
     return True
 
 
 def dequantize(module: nn.Module) -> None:
-    """Stores the module's own parameters in floating point again, in place."""
-    for name, parameter in module._parameters.items():
-        scale = scale_of(module, name)
-        if scale is not None:
-            parameter.data = converted(parameter.data, scale.dtype, scale)
-    for name in module._parameters:
-        module._buffers.pop(name + _SUFFIX, None)
+    """Stores the weights of a network that are in 8 bits in floating point again, in place.
+
+    Args:
+        module (nn.Module): The network.
+    """
+    made: dict[Tensor, nn.Parameter] = {}  # what modules share stays shared
+    for child in module.modules():
+        for name, weight in list(child._buffers.items()):
+            scale = scale_of(child, name)
+            if scale is not None:
+                if weight not in made:
+                    made[weight] = nn.Parameter(
+                        converted(weight, scale.dtype, scale), requires_grad=False)
+                del child._buffers[name], child._buffers[name + _SUFFIX]
+                child.register_parameter(name, made[weight])
 
 
 def _rounded(module: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,9 +99,9 @@ def _rounded(module: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _round_incoming(module: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     """Load hook: weights that come in floating point."""
-    for name, parameter in module._parameters.items():
+    for name, weight in module._buffers.items():
         incoming = state_dict.get(prefix + name)
         if (scale_of(module, name) is not None and isinstance(incoming, Tensor)
-                and incoming.is_floating_point() and incoming.shape == parameter.shape):
+                and incoming.is_floating_point() and incoming.shape == weight.shape):
             state_dict[prefix + name], state_dict[prefix + name + _SUFFIX] = _rounded(
                 module, incoming)

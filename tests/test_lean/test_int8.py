@@ -4,6 +4,9 @@ import pickle
 
 import pytest
 import torch
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
+from mmpretrain.structures import DataSample
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,8 +15,10 @@ from mmprotune.freezing import FrozenSnapshot, audit, freeze
 from mmprotune.lean import make_lean, restore
 from mmprotune.lean.convert import store_weights
 from mmprotune.lean.graph import TORCH_BEFORE_2_4
-from mmprotune.lean.int8 import scale_names, scale_of
+from mmprotune.lean.int8 import scale_names, scale_of, weights_in
 from mmprotune.lean.memory import KeptBytes
+from mmprotune.registry import MODELS
+from tests.classification import classifier_cfg
 from tests.conftest import RESNET18
 from tests.test_lean.functions import draw
 from tests.test_lean.networks import (
@@ -76,7 +81,7 @@ def test_gradients_are_those_of_the_weights_it_stands_for(name):
     build, shape = LAYERS[name]
     layer, exact = stored(build())
     assert layer.weight.dtype == torch.int8 and exact.weight.dtype == torch.float32
-    assert not scale_names(exact)
+    assert not scale_names(exact) and 'weight' in exact._parameters
     exact.double()
     x, y = (draw(*shape).requires_grad_() for _ in range(2))
     out, expected = layer(x), exact(y)
@@ -113,7 +118,8 @@ def test_a_scale_for_each_output_channel(name):
 def test_whole_networks(name):
     model = prompted(NETWORKS[name], backbone_dtype='int8')
     full = prompted(NETWORKS[name])
-    low = {n: p for n, p in model.backbone.named_parameters() if p.dtype == torch.int8}
+    low = weights_in(model.backbone)
+    assert all(p.is_floating_point() for p in model.parameters())  # hosts take means of them
     weights = {n: p for n, p in full.backbone.named_parameters()
                if p.dim() > 1 and n.rpartition('.')[2].endswith('weight')}
     assert set(weights) <= set(low)
@@ -231,6 +237,26 @@ def test_an_initialisation_from_outside_leaves_them():
     model = prompted(RESNET18, backbone_dtype='int8')
     model.apply(lambda m: nn.init.normal_(m.weight) if isinstance(m, nn.Conv2d) else None)
     audit(model)
+
+
+def test_a_host_trains_a_model_with_it(resnet18_file):
+    """MMEngine takes the mean of every parameter when it initialises a model."""
+    backbone = dict(type='mmprotune.PromptedBackbone', backbone_dtype='int8', backbone=dict(
+        RESNET18, init_cfg=dict(type='Pretrained', checkpoint=resnet18_file)))
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(classifier_cfg(backbone))
+        model.init_weights()
+        snapshot = FrozenSnapshot(model)
+        optimizer = build_optim_wrapper(model, dict(optimizer=dict(type='SGD', lr=0.1)))
+        samples = [DataSample().set_gt_label(label) for label in (0, 1)]
+        data = dict(inputs=list(images(2, 3, 32, 32)), data_samples=samples)
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        for _ in range(2):
+            model.train().train_step(data, optimizer)
+    audit(model, snapshot, training=True)
+    moved = {n for n, p in model.named_parameters() if n in before and not p.equal(before[n])}
+    assert {n.rpartition('.')[2] for n in moved} >= {'weight', 'bias'}
+    assert any(n.startswith('backbone.prompts.') for n in moved)
 
 
 def test_unwrapped_it_is_an_ordinary_network():
