@@ -17,6 +17,8 @@ from mmprotune.lean.convert import store_weights
 from mmprotune.lean.graph import TORCH_BEFORE_2_4
 from mmprotune.lean.int8 import scale_names, scale_of, weights_in
 from mmprotune.lean.memory import KeptBytes
+from mmprotune.models.sharing import shared_paths
+from mmprotune.models.trunk import Trunk
 from mmprotune.registry import MODELS
 from tests.classification import classifier_cfg
 from tests.conftest import RESNET18
@@ -214,6 +216,18 @@ def test_a_weight_that_two_layers_have():
     restore(exact)
     assert exact[0].weight is exact[1].weight and exact[0].weight.dtype == torch.float32
     assert distance([module(x)], [exact(x)]) < 1e-6
+
+
+@pytest.mark.parametrize('name', ['vit', 'resnet'])
+def test_trunks_share_them(name):
+    paths = []
+    for dtype in (None, 'int8'):
+        first, second = (prompted(SMALL[name], backbone_dtype=dtype).eval() for _ in range(2))
+        trunk = Trunk(first)
+        trunk.share(second)
+        assert trunk.is_shared_by(second)
+        paths.append(shared_paths(first.backbone, second.backbone))
+    assert paths[0] == paths[1]
 
 
 # --- frozen means frozen ----------------------------------------------------------------------
