@@ -23,6 +23,9 @@ MODELS=(mask_rcnn_r50_protune_coco mask_rcnn_swin-t_protune_coco upernet_r50_pro
 BACKBONES=(mask_rcnn_r50_protune_coco mask_rcnn_swin-t_protune_coco
     mask_rcnn_convnext-t_protune_coco upernet_vit-b_protune_ade20k)
 
+# What the hosts have themselves to keep less; a backbone that lacks one is told.
+HOSTS=(with_cp naive_with_cp efficient_conv_bn_eval)
+
 # Each part is a name and a command; benchmarks write one JSON file each.
 PARTS=('tests')
 for batch in 2 8; do
@@ -87,9 +90,10 @@ run_part() {
     batch=${rest##*-} rest=${rest%-*}
     if [[ $rest == backbones ]]; then
         benchmark "$name" "$batch" "$amp" "${BACKBONES[@]/#/configs/}" --backbone-only \
-            --variants full frozen naive lean lora
+            --variants full frozen naive lean lora "${HOSTS[@]}"
     else
-        benchmark "$name" "$batch" "$amp" "configs/$rest.py" --variants full frozen naive lean
+        benchmark "$name" "$batch" "$amp" "configs/$rest.py" --variants full frozen naive lean \
+            "${HOSTS[@]}"
     fi
 }
 for i in "${!BACKBONES[@]}"; do BACKBONES[i]+=.py; done

@@ -19,7 +19,8 @@ TOOLS = {
     'benchmark_methods.py': (), 'quickstart.py': (),
     'analysis_tools/show_prompts.py': (), 'analysis_tools/count_params.py': (),
     'analysis_tools/benchmark_training.py': (), 'analysis_tools/benchmark_trunk.py': (),
-    'analysis_tools/benchmark_build.py': (), 'analysis_tools/config_matrix.py': (),
+    'analysis_tools/benchmark_build.py': (), 'analysis_tools/benchmark_reducing.py': (),
+    'analysis_tools/config_matrix.py': (),
     'analysis_tools/backbone_matrix.py': (), 'analysis_tools/export_matrix.py': (),
 }
 HEAD = """# Command lines

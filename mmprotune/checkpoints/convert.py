@@ -146,6 +146,9 @@ def merge(path: str | os.PathLike, cfg: Config | str | os.PathLike, out: str | o
     cfg = _config(cfg)
     model = build_model(cfg)
     checkpoint = load(model, path)
+    for _, part in prompted_parts(model):
+        if not len(part.prompts):
+            part.unwrap()  # a stock model has no weights in 8 bits
     state_dict = full_state_dict(model)
     meta = describe_model(model)
     for place, part in prompted_parts(model):

@@ -267,7 +267,10 @@ def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
         checked = known and FINGERPRINT in own
         coming = {n: own.get(f'backbone.{n}', present[n]) for n in identity(present)}
         # Before anything is loaded; _FullLoad looks once more at what has arrived.
-        same = checked and _check_together(where, own[FINGERPRINT], came, present)
+        same = checked and _check_together(where, own[FINGERPRINT], came, {
+            # Without what load hooks have made of it, scales of weights that are to be in 8 bits.
+            n: t for n, t in present.items()
+            if f'backbone.{n}' in came or f'backbone.{n}' not in own})
         # What was resized, or trained there and not here, computes something else.
         has_function = same and function is not None and all(
             own.get(key) is tensor for key, tensor in came.items())

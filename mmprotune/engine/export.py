@@ -98,7 +98,7 @@ def build(cfg: Config) -> nn.Module:
         cfg (Config): The config; changed in place.
 
     Raises:
-        LaunchError: It has no prompted backbone, or one whose weights are stored in half precision.
+        LaunchError: It has no prompted backbone, or one whose weights are stored in 16 or 8 bits.
         TrunkError: ``default_scope`` is none of the three hosts.
     """
     scope = check_host(cfg)
@@ -109,7 +109,7 @@ def build(cfg: Config) -> nn.Module:
     for path, node in nodes:
         if node.get('backbone_dtype'):
             raise LaunchError(f'model.{path}.backbone_dtype={node["backbone_dtype"]!r}: weights in '
-                              'half precision need lean layers, which are not exported')
+                              '16 or 8 bits need lean layers, which are not exported')
         node['lean'] = False
     if cfg.model.get('data_preprocessor') is None and cfg.get('data_preprocessor'):
         cfg.model.data_preprocessor = cfg.data_preprocessor

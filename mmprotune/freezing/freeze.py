@@ -130,6 +130,8 @@ def apply_to_the_rest(module: nn.Module, fn: Callable[[nn.Module], None],
     def visit(current: nn.Module) -> None:
         for child in current.children():
             visit(child)
+        if any(b is not None and b.dtype == torch.int8 for b in current._buffers.values()):
+            return  # weights in 8 bits are frozen, and nobody draws such numbers
         # One module's at a time: a copy of the whole network would not be small.
         saved = [(t, t.detach().clone()) for _, t in own_tensors(current) if id(t) in frozen]
         fn(current)

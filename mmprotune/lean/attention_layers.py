@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from . import functional
 from .graph import TORCH_BEFORE_2_3, builds_graph, check_frozen, is_recorded
+from .int8 import scale_of
 from .layers import LeanLayer, stand_in
 from .precision import is_autocast
 
@@ -46,18 +47,19 @@ class MultiheadAttention(LeanLayer):
         scale = math.sqrt(1.0 / (self.embed_dim // self.num_heads))
         if same:
             qkv = functional.linear(query, self.in_proj_weight, self.in_proj_bias, self._owner(),
-                              self.lean.rounds)
+                                    self.lean.rounds, scale_of(self, 'in_proj_weight'))
             mixed = self._attend(functional.packed_attention, qkv.transpose(0, 1), scale)
         else:
             # In parts, as the stock layer does it, so that every bit is the same.
             weights = self.in_proj_weight.chunk(3)
-            biases = (None, ) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-            projected = [functional.linear(t, w, b, fast=self.lean.rounds).transpose(0, 1)
-                         for t, w, b in zip((query, key, value), weights, biases)]
+            biases, scales = ((None, ) * 3 if t is None else t.chunk(3) for t in (
+                self.in_proj_bias, scale_of(self, 'in_proj_weight')))
+            projected = [functional.linear(t, w, b, fast=self.lean.rounds, scale=s).transpose(0, 1)
+                         for t, w, b, s in zip((query, key, value), weights, biases, scales)]
             mixed = self._attend(functional.attention, *projected, scale)
         mixed = mixed.transpose(0, 1)
         out = functional.linear(mixed, self.out_proj.weight, self.out_proj.bias,
-                                fast=self.lean.rounds)
+                                fast=self.lean.rounds, scale=scale_of(self.out_proj))
         return out.transpose(0, 1) if self.batch_first else out, None
 
     def _attend(self, function, *args) -> Tensor:
@@ -116,10 +118,11 @@ class BEiTAttention(LeanLayer):
                            getattr(self, 'v_bias', None)) if p is not None]
         if is_recorded() or (self.training and self.attn_drop.p) or self._trains() or any(
                 p.requires_grad for p in own) or self.qkv._forward_hooks:
-            return super().forward(x) if rel_pos_bias is None else super().forward(x, rel_pos_bias)
+            return _stock(self, x, *(() if rel_pos_bias is None else (rel_pos_bias, )))
         if self.bias == 'qv_bias':
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-            qkv = functional.linear(x, self.qkv.weight, bias, self._owner(), self.lean.rounds)
+            qkv = functional.linear(
+                x, self.qkv.weight, bias, self._owner(), self.lean.rounds, scale_of(self.qkv))
         else:
             qkv = self.qkv(x)
         table = self.relative_position_bias_table
@@ -138,11 +141,12 @@ class WindowMSAV2(LeanLayer):
         if is_recorded() or is_autocast(x.device.type) or self._trains() or (
                 self.training and self.attn_drop.p) or self.qkv._forward_hooks or any(
                     p.requires_grad for p in position):
-            return super().forward(x, mask)
+            return _stock(self, x, mask)
         bias = None
         if self.q_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        qkv = functional.linear(x, self.qkv.weight, bias, self._owner(), self.lean.rounds)
+        qkv = functional.linear(
+            x, self.qkv.weight, bias, self._owner(), self.lean.rounds, scale_of(self.qkv))
         with torch.no_grad():
             factors = self.logit_scale.clamp(max=math.log(1. / 0.01)).exp()
             table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
@@ -153,6 +157,14 @@ class WindowMSAV2(LeanLayer):
             biases.append(mask.unsqueeze(1))
         y = functional.cosine_attention(qkv, self.num_heads, factors, biases)
         return self.proj_drop(self.proj(y))
+
+
+def _stock(layer: LeanLayer, x: Tensor, *args) -> Tensor:
+    """What the stock attention computes, which reads the weight of its ``qkv`` itself: one in 8
+    bits is to be converted first."""
+    if layer.qkv.weight.dtype == torch.int8:
+        return layer._stock(x, *args)
+    return layer.stock_class.forward(layer, x, *args)
 
 
 def _relative_bias(has_table: bool, index: Tensor | None, kept: Sequence[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .precision import without_autocast
+from .precision import cast, converted, without_autocast
 
 if TYPE_CHECKING:
     from .functional import Convolution
@@ -24,29 +24,30 @@ aten = torch.ops.aten
 class _Convolve(Function):
 
     @staticmethod
-    def forward(ctx, x, weight, bias, conv, memory_format):
-        ctx.save_for_backward(weight)
+    def forward(ctx, x, weight, bias, conv, memory_format, scale):
+        ctx.save_for_backward(weight, scale)
         ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.conv, ctx.memory_format = conv, memory_format
-        return conv.convolve(x, weight, bias)
+        return conv.convolve(x, cast(weight, x, scale), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weight, = ctx.saved_tensors
+        weight, scale = ctx.saved_tensors
         conv = ctx.conv
         with without_autocast(grad):
             # A stand-in, of which no more than shape and layout are read.
             x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device,
                             memory_format=ctx.memory_format)
             grad = aten.convolution_backward(
-                grad, x, weight.to(grad.dtype), None, conv.stride, conv.padding, conv.dilation,
-                conv.transposed, conv.output_padding, conv.groups, [True, False, False])[0]
-        return grad.to(ctx.dtype), None, None, None, None
+                grad, x, converted(weight, grad.dtype, scale), None, conv.stride, conv.padding,
+                conv.dilation, conv.transposed, conv.output_padding, conv.groups,
+                [True, False, False])[0]
+        return grad.to(ctx.dtype), None, None, None, None, None
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Convolution,
-                memory_format: torch.memory_format) -> Tensor:
+                memory_format: torch.memory_format, scale: Tensor | None) -> Tensor:
     """A convolution with a frozen weight, as the compiler is to record it. Keeps nothing.
 
     Args:
@@ -55,7 +56,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Convolutio
         bias (Tensor, optional): Bias.
         conv (Convolution): Settings.
         memory_format (torch.memory_format): How ``x`` lies in memory.
+        scale (Tensor, optional): Of a weight in 8 bits.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Convolve.apply(x, weight, bias, conv, memory_format)
-    return conv.convolve(x, weight, bias)
+        return _Convolve.apply(x, weight, bias, conv, memory_format, scale)
+    return conv.convolve(x, cast(weight, x, scale), bias)

@@ -7,13 +7,14 @@ keys of the state dict stay as they are.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .dry_run import DryRun
 from .graph import LeanState
+from .int8 import dequantize, quantize
 from .layers import LeanLayer, Linear
 from .memory import KeptBytes
 from .options import LeanOptions, LeanReport
@@ -30,7 +31,7 @@ from .table import (
 )
 
 # What frozen weights can be stored in.
-STORAGE_DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)
+STORAGE_DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16, int8=torch.int8)
 # Lean layers whose outputs may differ from the stock ones by rounding.
 ROUNDS = (Linear, *ATTENTION)
 # How far that may move an output of the network, relative to its largest value.
@@ -93,11 +94,13 @@ def make_lean(module: nn.Module,
 
 
 def restore(module: nn.Module) -> None:
-    """Makes every lean layer of a network ordinary again, in place.
+    """Makes every lean layer of a network ordinary again, in place. Weights in 8 bits, with which
+    ordinary layers cannot compute, are stored in floating point again.
 
     Args:
         module (nn.Module): The network.
     """
+    dequantize(module)
     for child in module.modules():
         if isinstance(child, LeanLayer):
             child.__class__ = child.stock_class
@@ -112,7 +115,8 @@ def store_weights(module: nn.Module,
     """Stores the weights of lean convolutions and linear layers in a lower precision, in place.
 
     A layer computes in the precision of its input: under autocast in autocast's, else with its
-    weight converted for the moment.
+    weight converted for the moment. In 8 bits weights get a scale for each output channel (see
+    :mod:`~mmprotune.lean.int8`), and biases stay as they are.
 
     Args:
         module (nn.Module): A lean network.
@@ -122,18 +126,29 @@ def store_weights(module: nn.Module,
 
     Returns:
         list[str]: Names of convolutions and linear layers that stay as they are, being trained or
-        not lean.
+        not lean; in 8 bits also those whose weight is not finite, or is read by another module.
 
     Raises:
         ValueError: The network does not run with such weights.
     """
     dry_run = DryRun(module if root is None else root, module)
-    ran, kept = dry_run.start() is not None, []
+    with _called(module) as called:
+        ran, kept = dry_run.start() is not None, []
     # These compute with the weights of their children, too.
     foreign = {child for parent in module.modules() if isinstance(parent, nn.MultiheadAttention)
                and not isinstance(parent, LeanLayer) for child in parent.modules()}
+    if dtype == 'int8' and ran:
+        # Whoever reads a weight itself does not know of a scale; lean attention does.
+        called.update(child for parent in module.modules() if isinstance(parent, ATTENTION)
+                      for child in parent.modules())
+        foreign.update(set(module.modules()) - called)
+    shared: dict[nn.Parameter, tuple] = {}
     for path, layer in module.named_modules():
         if isinstance(layer, STORES_WEIGHTS) and layer not in foreign:
+            if dtype == 'int8':
+                names = [n for n, p in layer._parameters.items() if p is not None and p.dim() > 1]
+                kept.extend(path for name in names if not quantize(layer, name, shared))
+                continue
             for parameter in layer.parameters(recurse=False):
                 if parameter.is_floating_point() and parameter.element_size() > 2:
                     parameter.data = parameter.data.to(STORAGE_DTYPES[dtype])
@@ -143,6 +158,19 @@ def store_weights(module: nn.Module,
         raise ValueError(f'{key}={dtype!r} does not work with {type(module).__name__}: '
                          f'{dry_run.error}')
     return kept
+
+
+@contextlib.contextmanager
+def _called(module: nn.Module) -> Iterator[set[nn.Module]]:
+    """While open, notes in the set that it yields which modules are called."""
+    called: set[nn.Module] = set()
+    handles = [child.register_forward_pre_hook(lambda child, _: called.add(child))
+               for child in module.modules()]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # --- which layers -----------------------------------------------------------------------------

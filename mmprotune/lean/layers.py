@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import functional
 from .functional import activations
 from .graph import FrozenLayerError, LeanState, builds_graph
+from .int8 import scale_of, weights_in
 from .precision import cast
 
 
@@ -49,7 +50,8 @@ class LeanLayer:
         stored in a lower precision are converted."""
         own = dict(self.named_parameters())
         converted = {n: cast(p, x) for n, p in own.items()}
-        same = all(converted[n] is p for n, p in own.items())
+        converted.update((n, cast(w, x, scale)) for n, (w, scale) in weights_in(self).items())
+        same = all(p is own.get(n) for n, p in converted.items())
         return self.stock_class.forward(self if same else stand_in(self, converted), x, *args)
 
 
@@ -59,13 +61,17 @@ def stand_in(module: nn.Module, parameters: Mapping[str, Tensor], prefix: str = 
 
     Args:
         module (nn.Module): The module.
-        parameters (Mapping[str, Tensor]): Tensors by dotted name; the rest are the module's own.
+        parameters (Mapping[str, Tensor]): Tensors by dotted name, of weights in 8 bits too; the
+            rest are the module's own.
         prefix (str): What their names begin with. Defaults to ''.
     """
     other = module.__new__(type(module))
+    own = {**module._parameters, **{
+        n: b for n, b in module._buffers.items() if prefix + n in parameters}}
     other.__dict__.update(
         module.__dict__,
-        _parameters={n: parameters.get(prefix + n, p) for n, p in module._parameters.items()},
+        _parameters={n: parameters.get(prefix + n, p) for n, p in own.items()},
+        _buffers={n: b for n, b in module._buffers.items() if n not in own},
         _modules={n: None if child is None else stand_in(child, parameters, f'{prefix}{n}.')
                   for n, child in module._modules.items()})
     return other
@@ -133,7 +139,8 @@ class Conv(LeanLayer):
         if self._trains():
             return self._stock(x, *(() if output_size is None else (output_size, )))
         return functional.convolution(
-            x, self.weight, self.bias, self._settings(x, output_size), self._owner())
+            x, self.weight, self.bias, self._settings(x, output_size), self._owner(),
+            scale_of(self))
 
 
 class ConvTranspose(Conv):
@@ -154,7 +161,8 @@ class Linear(LeanLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self._trains():
             return self._stock(x)
-        return functional.linear(x, self.weight, self.bias, self._owner(), self.lean.rounds)
+        return functional.linear(
+            x, self.weight, self.bias, self._owner(), self.lean.rounds, scale_of(self))
 
 
 class BatchNorm(LeanLayer):

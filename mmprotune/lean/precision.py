@@ -48,16 +48,34 @@ def _autocast_state(device_type: str) -> tuple[bool, torch.dtype | None]:
         return torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()
 
 
-def cast(weight: Tensor | None, x: Tensor) -> Tensor | None:
+def cast(weight: Tensor | None, x: Tensor, scale: Tensor | None = None) -> Tensor | None:
     """A weight that is stored in a lower precision than ``x``, in the dtype of ``x``.
 
-    Under autocast, and in every other case, the weight itself.
+    Under autocast, and in every other case, the weight itself; one in 8 bits in floating point.
 
     Args:
         weight (Tensor, optional): A frozen parameter.
         x (Tensor): What it is applied to.
+        scale (Tensor, optional): Of a weight in 8 bits. Defaults to None.
     """
-    if (weight is None or weight.element_size() >= x.element_size()
-            or _autocast_state(x.device.type)[0]):
+    if weight is None:
+        return None
+    if _autocast_state(x.device.type)[0]:
+        return weight if scale is None else converted(weight, scale.dtype, scale)
+    if scale is None and weight.element_size() >= x.element_size():
         return weight
-    return weight.to(x.dtype)
+    return converted(weight, x.dtype, scale)
+
+
+def converted(weight: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    """A stored weight in another precision.
+
+    Args:
+        weight (Tensor): As it is stored.
+        dtype (torch.dtype): Of what is returned.
+        scale (Tensor, optional): Of a weight in 8 bits; both are multiplied in its precision.
+            Defaults to None.
+    """
+    if scale is not None:
+        weight = weight.to(scale.dtype) * scale
+    return weight.to(dtype)

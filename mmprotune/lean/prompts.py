@@ -147,6 +147,8 @@ def _is_plain(block: nn.Module) -> bool:
     """Whether the block has to run as it is now."""
     return is_recorded() or not isinstance(block.__dict__.get('lean'), PromptState) or any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        # FullyShardedDataParallel puts views of a parameter of its own in place of a module's.
+        or any(isinstance(value, Tensor) for value in m.__dict__.values())
         for m in block.modules())
 
 

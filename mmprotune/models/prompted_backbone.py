@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from mmprotune.lean.convert import make_lean, restore, store_weights
 from mmprotune.lean.dry_run import tensors_in
 from mmprotune.lean.graph import is_recorded
+from mmprotune.lean.int8 import scale_names
 from mmprotune.lean.options import LeanOptions, LeanReport
 from mmprotune.registry import MODELS
 
@@ -71,10 +72,10 @@ class PromptedBackbone(FrozenBackbone):
             input gradients need; a dict sets the options of
             :class:`~mmprotune.lean.options.LeanOptions`. Gradients are the same to rounding.
             Defaults to True.
-        backbone_dtype (str, optional): 'bfloat16' or 'float16' stores the frozen weights of
-            convolutions and linear layers in that precision; they compute in that of their input,
-            so features are close to the stock backbone's, not equal. Needs ``lean``. Defaults to
-            None: as they are.
+        backbone_dtype (str, optional): 'bfloat16', 'float16' or 'int8' stores the frozen weights of
+            convolutions and linear layers in that precision, 'int8' with a scale for each output
+            channel; they compute in that of their input, so features are close to the stock
+            backbone's, not equal. Needs ``lean``. Defaults to None: as they are.
         pretrained (str, optional): Pre-trained file handed on to a backbone that names none
             itself; segmentors pass it. Defaults to None.
         init_cfg (dict, optional): A ``Pretrained`` config, handed on likewise. Inferencers delete
@@ -186,6 +187,7 @@ class PromptedBackbone(FrozenBackbone):
         print_log(f'lean {name}: {self.lean_report}', logger='current', level=level)
         if backbone_dtype is not None:
             kept = store_weights(self.backbone, backbone_dtype, root=self, key='backbone_dtype')
+            self.frozen_names |= scale_names(self.backbone)
             if kept:
                 print_log(f'backbone_dtype={backbone_dtype!r}: these stay as they are: '
                           f'{", ".join(kept)}', logger='current', level=logging.WARNING)
@@ -263,8 +265,9 @@ class PromptedBackbone(FrozenBackbone):
     def unwrap(self) -> nn.Module:
         """Takes the prompts off the backbone for good, and makes its layers ordinary ones again.
 
-        Its tensors stay as they are: values, precision (``backbone_dtype``) and ``requires_grad``.
-        What is left of this module is a wrapper without prompts, as with ``prompt=None``.
+        Its tensors stay as they are: values, precision (``backbone_dtype``) and ``requires_grad``;
+        those in 8 bits come back in floating point, with which ordinary layers can compute. What
+        is left of this module is a wrapper without prompts, as with ``prompt=None``.
 
         Returns:
             nn.Module: ``backbone``.
@@ -272,10 +275,14 @@ class PromptedBackbone(FrozenBackbone):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        scales = scale_names(self.backbone)
         restore(self)
+        self.frozen_names -= scales
         self.lean_report = LeanReport()
         self.prompts, self.stages = nn.ModuleDict(), []
         self.frozen_function.copy_(self.function_of())
+        if scales:
+            self.refresh_fingerprint()
         return self.backbone
 
     def init_weights(self) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmprotune.lean.dry_run import tensors_in
 from mmprotune.lean.graph import LeanState
+from mmprotune.lean.int8 import weights_in
 from mmprotune.lean.layers import LeanLayer
 
 # What of a module's ``__dict__`` does not say what it computes in eval mode, without a graph.
@@ -48,7 +49,7 @@ def shared_paths(first: nn.Module, second: nn.Module) -> frozenset[str]:
     found = set()
 
     def visit(path: str, a: nn.Module, b: nn.Module) -> None:
-        if next(a.parameters(), None) is None:
+        if next(a.parameters(), None) is None and not weights_in(a):
             return
         # A list of modules is never called.
         if type(a).forward is not nn.Module.forward and _same_module(a, b):

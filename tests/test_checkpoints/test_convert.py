@@ -37,6 +37,18 @@ def test_a_merged_file_works_with_the_config_in_it(file, tmp_path, prompt):
     assert str(file) in torch.load(extracted, weights_only=True)['meta']['cfg']
 
 
+def test_a_stock_model_has_no_weights_in_8_bits(file, tmp_path):
+    cfg = prompted_config(file, prompt=None, backbone_dtype='int8', lean=True)
+    model = trained_model(cfg)
+    slim = save_model(model, tmp_path / 'slim.pth')
+    checkpoint.merge(slim, cfg, tmp_path / 'full.pth')
+    content = torch.load(tmp_path / 'full.pth', weights_only=True)['state_dict']
+    tensors = model.backbone.frozen_tensors()
+    assert not [key for key in content if key.endswith('_scale')]
+    assert torch.equal(content['backbone.conv1.weight'],
+                       tensors['conv1.weight'] * tensors['conv1.weight_scale'])
+
+
 @pytest.mark.parametrize('by', ['class', 'dtype'])
 def test_a_config_that_cannot_be_written_is_left_out(by, file, tmp_path):
     """MMEngine refuses a class, or writes it as a name that no reader knows; a dtype always so."""

@@ -11,7 +11,7 @@ from mmprotune.errors import (
 )
 from tests.conftest import build
 
-from .models import prompted_config, save_model, trained_model
+from .models import prompted_config, same_weights, save_model, trained_model
 
 _VIT = dict(
     type='mmpretrain.VisionTransformer', patch_size=8, out_type='featmap',
@@ -108,6 +108,34 @@ def test_full_files_of_another_precision(file, tmp_path):
     for model in (full, low):
         with pytest.raises(FingerprintMismatch, match='damaged'):
             checkpoint.load(model, save_model(content, tmp_path / 'damaged.pth'))
+
+
+def test_full_files_and_weights_in_8_bits(file, tmp_path):
+    """Floating point is rounded when it comes in; 8 bits come in as they are, and only there."""
+    full = trained_model(prompted_config(file))
+    low, again = (trained_model(prompted_config(file, backbone_dtype='int8', lean=True))
+                  for _ in range(2))
+    identity = low.backbone.frozen_fingerprint.clone()
+    path = save_model(checkpoint.full_state_dict(full), tmp_path / 'full.pth')
+    content = torch.load(path)['state_dict']
+    with torch.no_grad():
+        for tensor in low.backbone.frozen_tensors().values():
+            tensor.zero_()
+    checkpoint.load(low, path)
+    conv, scale = (low.backbone.frozen_tensors()[f'conv1.weight{end}'] for end in ('', '_scale'))
+    expected = full.backbone.backbone.conv1.weight
+    assert conv.dtype == torch.int8
+    assert (scale * conv - expected).abs().max() <= 0.5001 * scale.max()
+    assert torch.equal(low.backbone.frozen_fingerprint, identity)
+    path = save_model(checkpoint.full_state_dict(low), tmp_path / 'low.pth')
+    checkpoint.load(again, path)
+    assert same_weights(low, again)
+    with pytest.raises(IncompleteCheckpoint, match='conv1.weight_scale.*expected torch.float32, '
+                                                   'got torch.int8'):
+        checkpoint.load(full, path)
+    content['backbone.backbone.conv1.weight'][0, 0, 0, 0] += 1
+    with pytest.raises(FingerprintMismatch, match='damaged'):
+        checkpoint.load(low, save_model(content, tmp_path / 'damaged.pth'))
 
 
 def test_models_that_were_cast(file, other_resnet18_file, tmp_path):

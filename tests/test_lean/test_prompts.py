@@ -585,3 +585,20 @@ def test_a_block_without_dropout_touches_no_generator(monkeypatch):
     for name in ('get_rng_state', 'set_rng_state'):
         monkeypatch.setattr(torch, name, lambda *args: pytest.fail('was called'))
     sum(o.sum() for o in model(images(dtype=torch.float64))).backward()
+
+
+def test_tensors_in_place_of_parameters():
+    """As FullyShardedDataParallel has them: views of one flat parameter, no module's."""
+    model = prompted()
+    x = images()
+    _, exact = gradients(model, x)
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.prompts.parameters()]))
+    views = iter(flat.split([p.numel() for p in model.prompts.parameters()]))
+    for module in model.prompts.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[name]
+                module.__dict__[name] = next(views).view(parameter.shape)
+    sum((o.sin() * (i + 1)).sum() for i, o in enumerate(model(x))).backward()
+    expected = torch.cat([g.flatten() for n, g in exact.items() if n.startswith('prompts.')])
+    assert (flat.grad - expected).norm() < 1e-4 * expected.norm()

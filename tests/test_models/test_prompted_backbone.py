@@ -313,7 +313,7 @@ def test_data_parallel_is_refused(prompted_cfg):
     (dict(lean=dict(recompute='x')), TypeError, "lean.recompute must be a number, .* got 'x'"),
     (dict(lean=dict(attention=True)), ValueError, 'lean.attention must be one of .*, got True'),
     (dict(lean=dict(prompts='all')), ValueError, "lean.prompts must be one of .*, got 'all'"),
-    (dict(backbone_dtype='int8'), ValueError, "backbone_dtype must be one of .* got 'int8'"),
+    (dict(backbone_dtype='int4'), ValueError, "backbone_dtype must be one of .* got 'int4'"),
     (dict(backbone_dtype='bfloat16', lean=False), ValueError, 'needs lean layers, but lean=False'),
     (dict(trainable='layer4'), TypeError, 'trainable must be a list of regular expressions'),
     (dict(trainable=['layer9']), ValueError, r"backbone\.trainable: 'layer9' matches no parameter"),

@@ -142,3 +142,29 @@ def test_compiled_variants(tmp_path, capsys):
     assert figures['kept'] == dict(compiled=figures['kept_total']) and figures['kept_total'] > 0
     assert figures['step'] > 0 and 'inference' not in figures
     assert 'lean, compiled' in capsys.readouterr().out
+
+
+def test_what_the_hosts_have_themselves(tmp_path, capsys):
+    out = tmp_path / 'out.json'
+    benchmark.main([CONFIG, *SMALL, '--backbone-only', '--steps', '0', '--json', str(out),
+                    '--variants', 'full', 'naive', *benchmark.HOSTS])
+    found = json.loads(out.read_text())['results'][0]['variants']
+    assert list(found) == ['full', 'naive', *benchmark.HOSTS]
+    kept = {name: figures['kept_total'] for name, figures in found.items()}
+    assert kept['with_cp'] < 0.8 * kept['full']
+    assert kept['naive_with_cp'] < 0.8 * kept['naive']
+    # It keeps each weight multiplied by its norm's, which on small images outweighs the features.
+    weights = found['full']['gradients']
+    assert found['efficient_conv_bn_eval']['gradients'] == weights
+    assert 0 < kept['efficient_conv_bn_eval'] - 0.98 * weights < kept['full']
+    assert 'lean of' not in capsys.readouterr().out
+
+
+def test_what_a_host_lacks_is_told(capsys):
+    benchmark.main(['mmpretrain::vision_transformer/vit-base-p16_32xb128-mae_in1k.py', *SMALL,
+                    '--backbone-only', '--steps', '0', '--variants', 'lean', *benchmark.HOSTS,
+                    '--cfg-options', 'model.backbone.backbone.arch=deit-tiny',
+                    'model.backbone.backbone.img_size=128'])
+    out = capsys.readouterr().out
+    assert 'no with_cp, so no full, with_cp' in out and 'no with_cp, so no naive, with_cp' in out
+    assert 'no BatchNorm that stands still, so no full, conv_bn_eval' in out

@@ -27,9 +27,14 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
+from mmengine.model.efficient_conv_bn_eval import (
+    efficient_conv_bn_eval_control,
+    turn_on_efficient_conv_bn_eval,
+)
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmprotune.config_nodes import type_name, without_pretrained
 from mmprotune.engine import cli
@@ -42,7 +47,11 @@ from mmprotune.testing.noise_batch import noise_item
 VARIANTS = ('full', 'frozen', 'naive', 'lean')
 TITLES = dict(full='full fine-tuning', frozen='head only', naive='prompted, naive',
               lean='prompted, lean', lora='LoRA', compiled='lean, compiled',
-              budget='lean, compiled, half')
+              budget='lean, compiled, half', with_cp='full, with_cp',
+              naive_with_cp='naive, with_cp', efficient_conv_bn_eval='full, conv_bn_eval')
+# What the hosts have themselves to keep less: the backbone's blocks computed twice, and
+# convolution and BatchNorm as one.
+HOSTS = ('with_cp', 'naive_with_cp', 'efficient_conv_bn_eval')
 # What `compile` of these variants adds to the config's own and to --compile.
 COMPILED = dict(compiled={}, budget=dict(activation_memory_budget=0.5))
 # What --ablate takes out of the lean variant, one at a time.
@@ -57,10 +66,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('configs', nargs='+', metavar='CONFIG',
                         help='prompted or stock configs, files or installed names (mmdet::…)')
-    parser.add_argument('--variants', nargs='+', choices=[*VARIANTS, 'lora', *COMPILED],
+    parser.add_argument('--variants', nargs='+', choices=[*VARIANTS, 'lora', *COMPILED, *HOSTS],
                         default=VARIANTS,
                         help='lora: mmpretrain.LoRAModel around the backbone, as a peer; compiled: '
-                        'lean, by torch.compile; budget: with half of what that keeps')
+                        'lean, by torch.compile; budget: with half of what that keeps; with_cp, '
+                        "naive_with_cp: full and naive with the host's activation checkpointing; "
+                        "efficient_conv_bn_eval: full with MMEngine's option of that name")
     parser.add_argument('--compile', nargs='+', action=DictAction, default={},
                         help='options of `compile` for the compiled variants; '
                         'backend=aot_eager_decomp_partition counts bytes without a C++ compiler')
@@ -101,8 +112,8 @@ def variant_cfg(cfg: Config, variant: str, options: dict | None = None) -> Confi
 
     Args:
         cfg (Config): A config with a prompted backbone.
-        variant (str): One of ``VARIANTS``, 'lora', one of ``COMPILED`` or 'without …', see
-            ``PARTS``.
+        variant (str): One of ``VARIANTS``, 'lora', one of ``COMPILED`` or ``HOSTS``, or
+            'without …', see ``PARTS``.
         options (dict, optional): More options of ``compile`` for the compiled ones. Defaults to
             None.
 
@@ -111,7 +122,9 @@ def variant_cfg(cfg: Config, variant: str, options: dict | None = None) -> Confi
     """
     cfg = without_pretrained(copy.deepcopy(cfg))
     prompted = cfg.model.backbone
-    if variant in ('full', 'lora'):
+    if variant.endswith('with_cp'):
+        prompted.backbone.with_cp = True
+    if variant in ('full', 'lora', 'with_cp', 'efficient_conv_bn_eval'):
         cfg.model.backbone = prompted.backbone
     elif variant == 'frozen':
         cfg.model.backbone = dict(prompted, prompt=None, lean=False, compile=False)
@@ -121,7 +134,7 @@ def variant_cfg(cfg: Config, variant: str, options: dict | None = None) -> Confi
         compile_ = False if variant not in COMPILED else {
             **({} if isinstance(own, bool) else own), **(options or {}), **COMPILED[variant]}
         cfg.model.backbone = dict(
-            prompted, lean=False if variant == 'naive' else lean, compile=compile_)
+            prompted, lean=False if variant.startswith('naive') else lean, compile=compile_)
     return cfg
 
 
@@ -158,6 +171,27 @@ def lora(backbone: dict) -> nn.Module | None:
     return None
 
 
+def fuse_norms(model: nn.Module) -> str | None:
+    """Turns MMEngine's ``efficient_conv_bn_eval`` on for a model's backbone.
+
+    Args:
+        model (nn.Module): The model, in training mode; changed in place.
+
+    Returns:
+        str, optional: Why that changes nothing, None where it does.
+    """
+    if all(norm.training for norm in model.backbone.modules() if isinstance(norm, _BatchNorm)):
+        return 'no BatchNorm that stands still'
+    try:
+        turn_on_efficient_conv_bn_eval(model, 'backbone')
+    except Exception as error:  # its tracer follows few networks
+        return f'torch.fx does not trace it ({type(error).__name__})'
+    graph = model.backbone.forward.__self__.graph
+    if not any(node.target is efficient_conv_bn_eval_control for node in graph.nodes):
+        return 'no convolution with a BatchNorm behind it'
+    return None
+
+
 def draw_batch(cfg: Config, args: argparse.Namespace) -> dict:
     """The same batch for every variant: noise, or the first images of the training set."""
     rng = np.random.default_rng(0)
@@ -184,7 +218,7 @@ class Variant:
 
     Args:
         cfg (Config): Its config.
-        name (str): One of ``VARIANTS`` or 'lora'.
+        name (str): As of :func:`variant_cfg`.
         args (argparse.Namespace): The command line.
     """
 
@@ -195,13 +229,21 @@ class Variant:
         self._memory_format = (
             torch.channels_last if args.channels_last else torch.contiguous_format)
         torch.manual_seed(0)
-        model = MODELS.build(cfg.model)
-        self.exists = True
+        self.lacks: str | None = None  # why there is no such variant
+        try:
+            model = MODELS.build(cfg.model)
+        except TypeError as error:
+            if "'with_cp'" not in str(error):
+                raise
+            self.lacks = 'no with_cp'
+            return
         if name == 'lora':
             model.backbone = lora(cfg.model.backbone)
-            self.exists = model.backbone is not None
-            if not self.exists:
-                return
+            self.lacks = None if model.backbone is not None else 'no linear layers'
+        if name == 'efficient_conv_bn_eval':
+            self.lacks = fuse_norms(model.train())
+        if self.lacks:
+            return
         for block in getattr(model.backbone, 'prompts', {}).values():
             for parameter in block.parameters():
                 if not parameter.any():
@@ -327,7 +369,9 @@ def kept_bytes(variant: Variant, part: Callable[[str], str]) -> dict[str, int]:
         loss = variant.loss()
     counted: Counter[str] = Counter()
     for path, count in kept.by_module().items():
-        counted[part(path)] += count
+        # Traced, a convolution with its norm is no module.
+        traced = variant.name == 'efficient_conv_bn_eval' and path.startswith('backbone')
+        counted['backbone' if traced else part(path)] += count
     del loss
     return dict(counted)
 
@@ -407,9 +451,9 @@ def measure(config: str, args: argparse.Namespace) -> dict:
 
     part = stage_finder(Variant(variant_cfg(cfg, 'naive'), 'naive', args).model)
     variants = [Variant(variant_cfg(cfg, name, args.compile), name, args) for name in args.variants]
-    for variant in (v for v in variants if not v.exists):
-        print(f'{config}: no linear layers, so no {TITLES[variant.name]}')
-    variants = [v for v in variants if v.exists]
+    for variant in (v for v in variants if v.lacks):
+        print(f'{config}: {variant.lacks}, so no {TITLES[variant.name]}')
+    variants = [v for v in variants if not v.lacks]
     found = {}
     for variant in variants:
         kept = kept_bytes(variant, part)
@@ -467,7 +511,7 @@ def table(result: dict) -> str:
                                for i, (c, w) in enumerate(zip(row, widths))))
     if 'lean' in found:
         lean = found['lean']
-        for other in ('full', 'naive', 'frozen', *(f'without {part}' for part in PARTS)):
+        for other in ('full', 'naive', 'frozen', *HOSTS, *(f'without {part}' for part in PARTS)):
             if other not in found:
                 continue
             f = found[other]

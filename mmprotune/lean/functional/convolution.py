@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .. import compiled
 from ..graph import LeanState, Producer, builds_graph, check_frozen, is_compiled
-from ..precision import cast, without_autocast
+from ..precision import cast, converted, without_autocast
 
 aten = torch.ops.aten
 
@@ -52,14 +52,15 @@ class Convolution:
         self.pad = list(pad) if pad is not None and any(pad) else None
         self.pad_mode = pad_mode
 
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None,
+              scale: Tensor | None = None) -> Tensor:
         """Applies the convolution."""
-        weight, bias = cast(weight, x), cast(bias, x)
+        bias = cast(bias, x)
         if self.pad is not None:
             x = F.pad(x, self.pad, mode=self.pad_mode)
         if is_compiled():
-            return compiled.convolution(x, weight, bias, self, memory_format_of(x))
-        return self.convolve(x, weight, bias)
+            return compiled.convolution(x, weight, bias, self, memory_format_of(x), scale)
+        return self.convolve(x, cast(weight, x, scale), bias)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Applies the convolution to an input that is padded already."""
@@ -74,8 +75,10 @@ class Convolution:
                        grad: Tensor,
                        weight: Tensor,
                        shape: Sequence[int],
-                       memory_format: torch.memory_format) -> Tensor:
+                       memory_format: torch.memory_format,
+                       scale: Tensor | None = None) -> Tensor:
         """The gradient of an input of the given shape and memory format."""
+        weight = converted(weight, grad.dtype, scale)
         points = self._subsampled(weight, shape)
         if points is not None:
             gradient = grad.new_zeros(shape).contiguous(memory_format=memory_format)
@@ -87,12 +90,12 @@ class Convolution:
         if (self._is_matrix(grad, weight, memory_format) and torch.get_num_threads() == 1
                 and grad.is_contiguous()):
             matrix = weight.flatten(1).t()
-            return torch.matmul(matrix.to(grad.dtype), grad.flatten(2)).view(shape)
+            return torch.matmul(matrix, grad.flatten(2)).view(shape)
         # PyTorch's backward asks for the input, but reads no more of it than shape and layout.
         x = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
         padded = x if self.pad is None else F.pad(x, self.pad)
         grad = aten.convolution_backward(
-            grad, padded, weight.to(grad.dtype), None, self.stride, self.padding, self.dilation,
+            grad, padded, weight, None, self.stride, self.padding, self.dilation,
             self.transposed, self.output_padding, self.groups, [True, False, False])[0]
         if self.pad is None:
             return grad
@@ -135,26 +138,27 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 class _Convolve(Function):
 
     @staticmethod
-    def forward(ctx, x, weight, bias, conv):
-        ctx.save_for_backward(weight)
+    def forward(ctx, x, weight, bias, conv, scale):
+        ctx.save_for_backward(weight, scale)
         ctx.conv, ctx.dtype = conv, x.dtype
         ctx.shape, ctx.memory_format = x.shape, memory_format_of(x)
-        return conv.apply(x, weight, bias)
+        return conv.apply(x, weight, bias, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weight, = ctx.saved_tensors
+        weight, scale = ctx.saved_tensors
         with without_autocast(grad):
-            grad = ctx.conv.input_gradient(grad, weight, ctx.shape, ctx.memory_format)
-        return grad.to(ctx.dtype), None, None, None
+            grad = ctx.conv.input_gradient(grad, weight, ctx.shape, ctx.memory_format, scale)
+        return grad.to(ctx.dtype), None, None, None, None
 
 
 def convolution(x: Tensor,
                 weight: Tensor,
                 bias: Tensor | None,
                 conv: Convolution,
-                owner: LeanState | None = None) -> Tensor:
+                owner: LeanState | None = None,
+                scale: Tensor | None = None) -> Tensor:
     r"""A convolution with a frozen weight.
 
     Keeps nothing.
@@ -166,22 +170,24 @@ def convolution(x: Tensor,
         conv (Convolution): Settings.
         owner (LeanState, optional): The layer's: with it, an activation that follows may keep ``x``
             and convolve again. Defaults to None.
+        scale (Tensor, optional): Of a weight in 8 bits, see :mod:`~mmprotune.lean.int8`. Defaults
+            to None.
 
     Returns:
         Tensor: The output.
     """
     check_frozen(weight, bias)
     if x.dim() == weight.dim() - 1:
-        return convolution(x.unsqueeze(0), weight, bias, conv, owner).squeeze(0)
+        return convolution(x.unsqueeze(0), weight, bias, conv, owner, scale).squeeze(0)
     if not builds_graph(x):
-        return conv.apply(x, weight, bias)
-    y = _Convolve.apply(x, weight, bias, conv)
+        return conv.apply(x, weight, bias, scale)
+    y = _Convolve.apply(x, weight, bias, conv, scale)
     y._lean_fresh = True
     if owner is not None:
         shape, memory_format = x.shape, memory_format_of(x)
         Producer(
-            x, y, lambda x: conv.apply(x, weight, bias),
-            lambda grad: conv.input_gradient(grad, weight, shape, memory_format),
+            x, y, lambda x: conv.apply(x, weight, bias, scale),
+            lambda grad: conv.input_gradient(grad, weight, shape, memory_format, scale),
             flops=(x if conv.transposed else y).numel() * weight.numel() // weight.size(0),
             owner=owner)
     return y

@@ -8,27 +8,29 @@ from torch.nn import functional as F
 
 from .. import onednn
 from ..graph import LeanState, Producer, builds_graph, check_frozen, is_recorded, unviewed
-from ..precision import cast, without_autocast
+from ..precision import cast, converted, without_autocast
 
 
 class _Linear(Function):
 
     @staticmethod
-    def forward(ctx, x, weight, bias, fast):
-        ctx.save_for_backward(weight)
+    def forward(ctx, x, weight, bias, fast, scale):
+        ctx.save_for_backward(weight, scale)
         ctx.dtype, ctx.fast = x.dtype, fast
-        return unviewed(_linear(x, weight, bias, fast))
+        return unviewed(_linear(x, weight, bias, fast, scale))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weight, = ctx.saved_tensors
+        weight, scale = ctx.saved_tensors
         with without_autocast(grad):
-            return _linear_gradient(grad, weight, ctx.fast).to(ctx.dtype), None, None, None
+            grad = _linear_gradient(grad, weight, ctx.fast, scale)
+        return grad.to(ctx.dtype), None, None, None, None
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, fast: bool) -> Tensor:
-    weight, bias = cast(weight, x), cast(bias, x)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, fast: bool,
+            scale: Tensor | None) -> Tensor:
+    weight, bias = cast(weight, x, scale), cast(bias, x)
     if not fast:
         return F.linear(x, weight, bias)
     y = onednn.product(x, weight, bias)
@@ -39,8 +41,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, fast: bool) -> Tenso
     return F.linear(x.contiguous(), weight, bias)
 
 
-def _linear_gradient(grad: Tensor, weight: Tensor, fast: bool) -> Tensor:
-    weight = weight.to(grad.dtype)
+def _linear_gradient(grad: Tensor, weight: Tensor, fast: bool, scale: Tensor | None) -> Tensor:
+    weight = converted(weight, grad.dtype, scale)
     gradient = onednn.product(grad, weight.t()) if fast else None
     return grad.contiguous() @ weight if gradient is None else gradient
 
@@ -49,7 +51,8 @@ def linear(x: Tensor,
            weight: Tensor,
            bias: Tensor | None = None,
            owner: LeanState | None = None,
-           fast: bool = False) -> Tensor:
+           fast: bool = False,
+           scale: Tensor | None = None) -> Tensor:
     r"""``F.linear`` with a frozen weight.
 
     Keeps nothing; under autocast, too (PyTorch keeps a low-precision copy of the weight).
@@ -60,16 +63,18 @@ def linear(x: Tensor,
         bias (Tensor, optional): Bias of shape (out features, ). Defaults to None.
         owner (LeanState, optional): See :func:`convolution`. Defaults to None.
         fast (bool): Whether the output may differ from PyTorch's by rounding. Defaults to False.
+        scale (Tensor, optional): Of a weight in 8 bits, see :mod:`~mmprotune.lean.int8`. Defaults
+            to None.
     """
     check_frozen(weight, bias)
     fast = fast and not is_recorded()
     if not builds_graph(x):
-        return _linear(x, weight, bias, fast)
-    y = _Linear.apply(x, weight, bias, fast)
+        return _linear(x, weight, bias, fast, scale)
+    y = _Linear.apply(x, weight, bias, fast, scale)
     if owner is not None:
         Producer(
-            x, y, lambda x: _linear(x, weight, bias, fast),
-            lambda grad: _linear_gradient(grad, weight, fast),
+            x, y, lambda x: _linear(x, weight, bias, fast, scale),
+            lambda grad: _linear_gradient(grad, weight, fast, scale),
             flops=y.numel() * weight.size(1),
             owner=owner)
     return y
