@@ -19,6 +19,10 @@ from .precision import is_autocast
 class MultiheadAttention(LeanLayer):
     """``nn.MultiheadAttention`` whose caller drops the probabilities that it returns."""
 
+    @property
+    def projection(self) -> Tensor | None:
+        return self.in_proj_weight
+
     def _trains(self) -> bool:  # it computes with its child's parameters
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
@@ -111,6 +115,10 @@ class BEiTAttention(LeanLayer):
     The bias, a number for each pair of tokens and each head, is computed again from its table.
     """
 
+    @property
+    def projection(self) -> Tensor | None:
+        return self.qkv.weight if self.bias == 'qv_bias' else None
+
     def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
         own = [p for p in (self.qkv.weight, getattr(self, 'q_bias', None),
                            getattr(self, 'v_bias', None)) if p is not None]
@@ -132,6 +140,10 @@ class BEiTAttention(LeanLayer):
 
 class WindowMSAV2(LeanLayer):
     """Cosine attention within windows, of mmpretrain's Swin V2."""
+
+    @property
+    def projection(self) -> Tensor:
+        return self.qkv.weight
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         position = [*self.cpb_mlp.parameters(), self.qkv.weight]

@@ -21,9 +21,12 @@ class LeanLayer:
     Attributes:
         stock_class (type): The class that the module was built as.
         lean (LeanState): What it knows besides its parameters.
+        projection (Tensor, optional): Of attention, the weight that it multiplies its input by
+            itself, in no module of its own.
     """
     stock_class: type
     lean: LeanState
+    projection: Tensor | None = None
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
@@ -176,6 +179,10 @@ class BatchNorm(LeanLayer):
 
 
 class LayerNorm(LeanLayer):
+
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        return not getattr(module, '_fast_norm', False)  # timm's, which may compute otherwise
 
     def forward(self, x: Tensor) -> Tensor:
         if self._trains():
