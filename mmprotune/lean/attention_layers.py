@@ -210,6 +210,4 @@ class RotaryEmbedding(LeanLayer):
         size = tuple(size) if isinstance(size, Sequence) else (size, size)
         if size == tuple(self.patch_resolution):
             return super().forward(x, size)
-        other = stand_in(self, {})
-        other.__dict__['_buffers'] = dict(self._buffers)
-        return self.stock_class.forward(other, x, size)
+        return self.stock_class.forward(stand_in(self, {}), x, size)

@@ -57,8 +57,8 @@ class LeanLayer:
 
 
 def stand_in(module: nn.Module, parameters: Mapping[str, Tensor], prefix: str = '') -> nn.Module:
-    """A module that computes with other tensors in place of its parameters. The module itself stays
-    as it is meanwhile, for other threads.
+    """A module that computes with other tensors in place of its parameters, or still with the same
+    ones when the module has others. The module itself stays as it is meanwhile, for other threads.
 
     Args:
         module (nn.Module): The module.
@@ -69,6 +69,7 @@ def stand_in(module: nn.Module, parameters: Mapping[str, Tensor], prefix: str = 
     other.__dict__.update(
         module.__dict__,
         _parameters={n: parameters.get(prefix + n, p) for n, p in module._parameters.items()},
+        _buffers=dict(module._buffers),
         _modules={n: None if child is None else stand_in(child, parameters, f'{prefix}{n}.')
                   for n, child in module._modules.items()})
     return other
@@ -266,6 +267,14 @@ class GELU(Smooth):
     def act(self) -> activations.Smooth:
         tanh = getattr(self, 'approximate', 'none') == 'tanh'
         return activations.GELU_TANH if tanh else activations.GELU
+
+
+class GELUTanh(Smooth):
+    act = activations.GELU_TANH
+
+
+class QuickGELU(Smooth):
+    act = activations.QUICK_GELU
 
 
 class SiLU(Smooth):

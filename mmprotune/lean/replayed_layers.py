@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from . import functional
 from .attention_layers import RotaryEmbedding
 from .graph import builds_graph
-from .layers import LayerNorm, LeanLayer, Sigmoid, Smooth
+from .layers import LayerNorm, LeanLayer, Sigmoid, Smooth, stand_in
 
 
 class Replayed(LeanLayer):
@@ -32,14 +32,19 @@ class Replayed(LeanLayer):
         for."""
         return builds_graph(x) and not self._trains() and all(map(_is_pure, children))
 
+    def _fixed(self) -> Replayed:
+        """This layer with the parameters that it has now, for the backward pass."""
+        return stand_in(self, {})
+
 
 def _is_pure(module: nn.Module) -> bool:
     """Whether a module does nothing but compute its output, by parameters that do not train."""
     known = type(module) is nn.Identity or isinstance(
         module, (LayerNorm, Smooth, Sigmoid, RotaryEmbedding)) or (
             isinstance(module, nn.Dropout) and not (module.training and module.p))
-    return known and 'forward' not in module.__dict__ and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    changed = 'forward' in module.__dict__ or getattr(module, 'inplace', False)
+    return known and not (
+        changed or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
         or module._backward_pre_hooks or any(p.requires_grad for p in module.parameters()))
 
 
@@ -88,7 +93,7 @@ class TimmAttention(Replayed):
                 and not (self.projection is not None and self.projection.requires_grad)
                 and self._replays(x, self.q_norm, self.k_norm, self.attn_drop)):
             return super().forward(x, *args, **kwargs)
-        y = functional.replayed(self._mixed, *self._projected(x),
+        y = functional.replayed(self._fixed()._mixed, *self._projected(x),
                                 extras=() if rope is None else (rope, ))
         norm = getattr(self, 'norm', None)
         return self.proj_drop(self.proj(y if norm is None else norm(y)))
@@ -105,7 +110,9 @@ class TimmAttention(Replayed):
             return self.qkv(x),
         bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
         if self.projection is None:
-            return self.qkv(x) + bias,
+            qkv = self.qkv(x)
+            qkv += bias
+            return qkv,
         return functional.linear(x, self.projection, bias, self._owner(), self.lean.rounds),
 
     def _mixed(self, *tensors: Tensor) -> Tensor:
@@ -134,7 +141,7 @@ class RotaryAttention(Replayed):
         rope = [] if self.rope is None else [self.rope]
         if not self._replays(x, self.attn_drop, *rope):
             return super().forward(x, patch_resolution)
-        y = functional.replayed(partial(self._prepared, patch_resolution), self.qkv(x),
+        y = functional.replayed(partial(self._fixed()._prepared, patch_resolution), self.qkv(x),
                                 mix=partial(_mixed, x.dtype))
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
@@ -158,7 +165,7 @@ class SAMAttention(Replayed):
         if not self._replays(x):
             return super().forward(x)
         size = x.shape[1:3]
-        y = functional.replayed(partial(self._prepared, size), self.qkv(x),
+        y = functional.replayed(partial(self._fixed()._prepared, size), self.qkv(x),
                                 mix=partial(_mixed_decomposed, size))
         return self.proj(y.transpose(1, 2).flatten(2).unflatten(1, size))
 
@@ -193,7 +200,7 @@ class SwiGLU(Replayed):
     def forward(self, x: Tensor, identity: Tensor | None = None) -> Tensor:
         if not self._replays(x, self.norm):
             return super().forward(x, identity)
-        y = functional.replayed(self._gated, self.w12(x))
+        y = functional.replayed(self._fixed()._gated, self.w12(x))
         y = self.dropout_layer(self.gamma2(self.w3(y)))
         if self.out_dims != self.embed_dims or not self.add_identity:
             return y
@@ -211,7 +218,7 @@ class TimmSwiGLU(Replayed):
     def forward(self, x: Tensor) -> Tensor:
         if not self._replays(x, self.act, self.drop1, self.norm):
             return super().forward(x)
-        y = functional.replayed(self._gated, self.fc1_g(x), self.fc1_x(x))
+        y = functional.replayed(self._fixed()._gated, self.fc1_g(x), self.fc1_x(x))
         return self.drop2(self.fc2(y))
 
     def _gated(self, gate: Tensor, value: Tensor) -> Tensor:
@@ -226,7 +233,7 @@ class TimmGluMlp(Replayed):
     def forward(self, x: Tensor) -> Tensor:
         if not self._replays(x, self.act, self.drop1, self.norm):
             return super().forward(x)
-        return self.drop2(self.fc2(functional.replayed(self._gated, self.fc1(x))))
+        return self.drop2(self.fc2(functional.replayed(self._fixed()._gated, self.fc1(x))))
 
     def _gated(self, hidden: Tensor) -> Tensor:
         a, b = hidden.chunk(2, dim=self.chunk_dim)
