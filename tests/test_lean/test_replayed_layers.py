@@ -1,5 +1,4 @@
-"""Layers whose host's own operators are run again: attention that is fused, rotary, SAM's, and gated
-MLPs."""
+"""Layers whose host is run again: attention that is fused, rotary or SAM's, and gated MLPs."""
 import copy
 from functools import partial
 
