@@ -19,8 +19,7 @@ from .precision import is_autocast
 class MultiheadAttention(LeanLayer):
     """``nn.MultiheadAttention`` whose caller drops the probabilities that it returns."""
 
-    @property
-    def projection(self) -> Tensor | None:
+    def _own_weight(self) -> Tensor | None:
         return self.in_proj_weight
 
     def _trains(self) -> bool:  # it computes with its child's parameters
@@ -115,8 +114,7 @@ class BEiTAttention(LeanLayer):
     The bias, a number for each pair of tokens and each head, is computed again from its table.
     """
 
-    @property
-    def projection(self) -> Tensor | None:
+    def _own_weight(self) -> Tensor | None:
         return self.qkv.weight if self.bias == 'qv_bias' else None
 
     def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
@@ -141,8 +139,7 @@ class BEiTAttention(LeanLayer):
 class WindowMSAV2(LeanLayer):
     """Cosine attention within windows, of mmpretrain's Swin V2."""
 
-    @property
-    def projection(self) -> Tensor:
+    def _own_weight(self) -> Tensor:
         return self.qkv.weight
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -21,12 +21,9 @@ class LeanLayer:
     Attributes:
         stock_class (type): The class that the module was built as.
         lean (LeanState): What it knows besides its parameters.
-        projection (Tensor, optional): Of attention, the weight that it multiplies its input by
-            itself, in no module of its own.
     """
     stock_class: type
     lean: LeanState
-    projection: Tensor | None = None
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
@@ -40,6 +37,10 @@ class LeanLayer:
 
     def _owner(self) -> LeanState | None:
         return self.lean if self.lean.recomputes else None
+
+    def _own_weight(self) -> Tensor | None:
+        """Of attention: the matrix that it multiplies its input by itself, in no child's call."""
+        return None
 
     def _trains(self) -> bool:
         """Whether a parameter of its own has to get a gradient: somebody set ``requires_grad``

@@ -85,12 +85,12 @@ class TimmAttention(Replayed):
         'repeat_interleave'))
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        rope = kwargs.get('rope')
+        rope, own = kwargs.get('rope'), self._own_weight()
         known = not args and all(
             v is None or v is False for k, v in kwargs.items() if k != 'rope') and (
                 getattr(self, 'gate', None) is None and getattr(self, 'num_kv_groups', 1) == 1)
         if not (known and self.fused_attn and not (rope is not None and rope.requires_grad)
-                and not (self.projection is not None and self.projection.requires_grad)
+                and not (own is not None and own.requires_grad)
                 and self._replays(x, self.q_norm, self.k_norm, self.attn_drop)):
             return super().forward(x, *args, **kwargs)
         y = functional.replayed(self._fixed()._mixed, *self._projected(x),
@@ -98,8 +98,7 @@ class TimmAttention(Replayed):
         norm = getattr(self, 'norm', None)
         return self.proj_drop(self.proj(y if norm is None else norm(y)))
 
-    @property
-    def projection(self) -> Tensor | None:
+    def _own_weight(self) -> Tensor | None:
         own = getattr(self, 'q_bias', None) is not None and not self.qkv_bias_separate
         return self.qkv.weight if own else None
 
@@ -109,11 +108,12 @@ class TimmAttention(Replayed):
         if getattr(self, 'q_bias', None) is None:
             return self.qkv(x),
         bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        if self.projection is None:
+        weight = self._own_weight()
+        if weight is None:
             qkv = self.qkv(x)
             qkv += bias
             return qkv,
-        return functional.linear(x, self.projection, bias, self._owner(), self.lean.rounds),
+        return functional.linear(x, weight, bias, self._owner(), self.lean.rounds),
 
     def _mixed(self, *tensors: Tensor) -> Tensor:
         if self.qkv is None:
