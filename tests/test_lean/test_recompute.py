@@ -18,7 +18,7 @@ def attention(name):
     """Attention with three heads and twelve channels that multiplies by ``qkv.weight`` itself."""
     from mmpretrain.models.utils import attention as host
     if name == 'BEiT':
-        return host.BEiTAttention(12, num_heads=3, window_size=(4, 6), bias='qv_bias')
+        return host.BEiTAttention(12, 3, window_size=(4, 6), use_rel_pos_bias=True)
     if name == 'Swin V2':
         return host.WindowMSAV2(12, (4, 6), 3)
     return pytest.importorskip('timm.models.eva').EvaAttention(12, 3, scale_norm=False)
@@ -32,4 +32,5 @@ def test_the_work_of_attention_counts_all_its_projections(name):
     tokens = 25 if name == 'BEiT' else 24
     with Planner(layer) as planner:
         layer(torch.randn(1, tokens, 12).requires_grad_())
-    assert planner._work == 2 * tokens * 12 * (36 + 12)
+    positions = (2 * 4 - 1) * (2 * 6 - 1) * (2 + 3) * 512 if name == 'Swin V2' else 0
+    assert planner._work == 2 * tokens * 12 * (36 + 12) + positions
