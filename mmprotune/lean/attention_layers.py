@@ -20,6 +20,9 @@ from .precision import is_autocast
 class MultiheadAttention(LeanLayer):
     """``nn.MultiheadAttention`` whose caller drops the probabilities that it returns."""
 
+    def _own_weight(self) -> Tensor | None:
+        return self.in_proj_weight
+
     def _trains(self) -> bool:  # it computes with its child's parameters
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
@@ -113,6 +116,9 @@ class BEiTAttention(LeanLayer):
     The bias, a number for each pair of tokens and each head, is computed again from its table.
     """
 
+    def _own_weight(self) -> Tensor | None:
+        return self.qkv.weight if self.bias == 'qv_bias' else None
+
     def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
         own = [p for p in (self.qkv.weight, getattr(self, 'q_bias', None),
                            getattr(self, 'v_bias', None)) if p is not None]
@@ -135,6 +141,9 @@ class BEiTAttention(LeanLayer):
 
 class WindowMSAV2(LeanLayer):
     """Cosine attention within windows, of mmpretrain's Swin V2."""
+
+    def _own_weight(self) -> Tensor:
+        return self.qkv.weight
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         position = [*self.cpb_mlp.parameters(), self.qkv.weight]
@@ -210,6 +219,4 @@ class RotaryEmbedding(LeanLayer):
         size = tuple(size) if isinstance(size, Sequence) else (size, size)
         if size == tuple(self.patch_resolution):
             return super().forward(x, size)
-        other = stand_in(self, {})
-        other.__dict__['_buffers'] = dict(self._buffers)
-        return self.stock_class.forward(other, x, size)
+        return self.stock_class.forward(stand_in(self, {}), x, size)

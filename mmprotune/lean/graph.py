@@ -254,3 +254,37 @@ class Producer:
             return grad
 
         return gradient
+
+
+class Needed:
+    """An input that the backward pass needs again: kept, or made again by the layer that made it.
+
+    Args:
+        tensor (Tensor): The input, in the autograd graph.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        producer = Producer.of(tensor)
+        self._x: Tensor | None = tensor if producer is None else producer.x
+        self._dtype, self._kept, self._replay = self._x.dtype, Kept(self._x), None
+        if producer is not None:
+            producer.tell(self._kept, tensor)
+            self._replay, self._gradient = producer.replay(), producer.input_gradient()
+
+    def pop(self) -> Tensor:
+        """What gets the gradient, in the autograd graph; to be called once."""
+        x, self._x = self._x, None
+        return x
+
+    def take(self) -> Tensor:
+        """What to hand to ``save_for_backward``; to be called once."""
+        return self._kept.take()
+
+    def value(self, saved: Tensor) -> Tensor:
+        """The input, from what was saved."""
+        value = self._kept(saved)
+        return value if self._replay is None else self._replay(value)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """From the gradient of the input to that of what gets it."""
+        return (grad if self._replay is None else self._gradient(grad)).to(self._dtype)

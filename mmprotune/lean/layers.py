@@ -39,25 +39,30 @@ class LeanLayer:
     def _owner(self) -> LeanState | None:
         return self.lean if self.lean.recomputes else None
 
+    def _own_weight(self) -> Tensor | None:
+        """Of attention: the matrix that it multiplies its input by itself, in no child's call."""
+        return None
+
     def _trains(self) -> bool:
         """Whether a parameter of its own has to get a gradient: somebody set ``requires_grad``
         later, or put another one in its place, as tools that fuse norms do."""
         return torch.is_grad_enabled() and any(
             p is not None and p.requires_grad for p in self._parameters.values())
 
-    def _stock(self, x: Tensor, *args):
+    def _stock(self, x: Tensor, *args, **kwargs):
         """What the stock layer computes, gradients of its parameters included. Weights that are
         stored in a lower precision are converted."""
         own = dict(self.named_parameters())
         converted = {n: cast(p, x) for n, p in own.items()}
         converted.update((n, cast(w, x, scale)) for n, (w, scale) in weights_in(self).items())
         same = all(p is own.get(n) for n, p in converted.items())
-        return self.stock_class.forward(self if same else stand_in(self, converted), x, *args)
+        layer = self if same else stand_in(self, converted)
+        return self.stock_class.forward(layer, x, *args, **kwargs)
 
 
 def stand_in(module: nn.Module, parameters: Mapping[str, Tensor], prefix: str = '') -> nn.Module:
-    """A module that computes with other tensors in place of its parameters. The module itself stays
-    as it is meanwhile, for other threads.
+    """A module that computes with other tensors in place of its parameters, or still with the same
+    ones when the module has others. The module itself stays as it is meanwhile, for other threads.
 
     Args:
         module (nn.Module): The module.
@@ -185,6 +190,10 @@ class BatchNorm(LeanLayer):
 
 class LayerNorm(LeanLayer):
 
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        return not getattr(module, '_fast_norm', False)  # timm's, which may compute otherwise
+
     def forward(self, x: Tensor) -> Tensor:
         if self._trains():
             return self._stock(x)
@@ -267,6 +276,14 @@ class GELU(Smooth):
     def act(self) -> activations.Smooth:
         tanh = getattr(self, 'approximate', 'none') == 'tanh'
         return activations.GELU_TANH if tanh else activations.GELU
+
+
+class GELUTanh(Smooth):
+    act = activations.GELU_TANH
+
+
+class QuickGELU(Smooth):
+    act = activations.QUICK_GELU
 
 
 class SiLU(Smooth):

@@ -42,8 +42,7 @@ class Planner:
     def _note_work(self, layer: nn.Module, args: tuple, output) -> None:
         output = output[0] if isinstance(output, tuple) else output
         if isinstance(layer, ATTENTION):
-            # Its projections may be no modules of their own.
-            weight = getattr(layer, 'in_proj_weight', None)
+            weight = layer._own_weight()
             flops = 0 if weight is None else output.numel() // output.size(-1) * weight.numel()
         else:
             flops = _flops(layer, args[0], output)

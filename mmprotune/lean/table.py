@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import attention_layers, layers
+from . import attention_layers, layers, replayed_layers
 from .graph import LeanState
 
 _NN = 'torch.nn.modules.'
@@ -22,6 +22,7 @@ _TABLE = {
     f'{_NN}batchnorm.SyncBatchNorm': layers.BatchNorm,
     f'{_NN}normalization.LayerNorm': layers.LayerNorm,
     f'{_NN}normalization.GroupNorm': layers.GroupNorm,
+    'timm.layers.norm.LayerNorm': layers.LayerNorm,
     'mmpretrain.models.utils.norm.LayerNorm2d': layers.LayerNorm2d,
     f'{_NN}activation.ReLU': layers.ReLU,
     f'{_NN}activation.Hardtanh': layers.Hardtanh,
@@ -34,6 +35,10 @@ _TABLE = {
     f'{_NN}activation.Hardswish': layers.Hardswish,
     f'{_NN}activation.Mish': layers.Mish,
     'mmcv.cnn.bricks.swish.Swish': layers.Swish,
+    'mmpretrain.models.utils.clip_generator_helper.QuickGELU': layers.QuickGELU,
+    'timm.layers.activations.GELU': layers.GELU,
+    'timm.layers.activations.GELUTanh': layers.GELUTanh,
+    'timm.layers.activations.QuickGELU': layers.QuickGELU,
     f'{_NN}pooling.MaxPool2d': layers.MaxPool2d,
     f'{_MMCV}MaxPool2d': layers.MaxPool2d,
     f'{_NN}pooling.AvgPool2d': layers.AvgPool2d,
@@ -50,6 +55,15 @@ _TABLE = {
         attention_layers.RotaryEmbedding,
     'mmdet.models.backbones.swin.ShiftWindowMSA': attention_layers.ShiftWindowMSA,
     'mmseg.models.backbones.swin.ShiftWindowMSA': attention_layers.ShiftWindowMSA,
+    'mmpretrain.models.utils.attention.MultiheadAttention': replayed_layers.FusedAttention,
+    'mmpretrain.models.backbones.vit_eva02.AttentionWithRoPE': replayed_layers.RotaryAttention,
+    'mmpretrain.models.backbones.vit_sam.Attention': replayed_layers.SAMAttention,
+    'mmpretrain.models.utils.swiglu_ffn.SwiGLUFFN': replayed_layers.SwiGLU,
+    'timm.layers.attention.Attention': replayed_layers.TimmAttention,
+    'timm.layers.attention.AttentionRope': replayed_layers.TimmAttention,
+    'timm.models.eva.EvaAttention': replayed_layers.TimmAttention,
+    'timm.layers.mlp.SwiGLU': replayed_layers.TimmSwiGLU,
+    'timm.layers.mlp.GluMlp': replayed_layers.TimmGluMlp,
 }
 # Modules that use the first of what their nn.MultiheadAttention returns, and drop the second.
 DROPS_WEIGHTS = frozenset((
@@ -58,7 +72,9 @@ DROPS_WEIGHTS = frozenset((
     'mmdet.models.backbones.pvt.SpatialReductionAttention',
 ))
 ATTENTION = (attention_layers.MultiheadAttention, attention_layers.WindowMSA,
-             attention_layers.BEiTAttention, attention_layers.WindowMSAV2)
+             attention_layers.BEiTAttention, attention_layers.WindowMSAV2,
+             replayed_layers.FusedAttention, replayed_layers.TimmAttention,
+             replayed_layers.RotaryAttention, replayed_layers.SAMAttention)
 STORES_WEIGHTS = (layers.Conv, layers.Linear, attention_layers.MultiheadAttention)
 STOCK_STORES_WEIGHTS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
 

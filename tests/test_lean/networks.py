@@ -10,6 +10,7 @@ from mmprotune.lean.layers import LeanLayer
 from mmprotune.lean.memory import KeptBytes
 from tests.conftest import RESNET18, build, wake
 
+TINY = dict(embed_dim=48, depth=4, num_heads=4)
 SMALL = dict(
     resnet=dict(type='mmdet.ResNet', depth=50, base_channels=16),
     swin=dict(type='mmdet.SwinTransformer', embed_dims=24, depths=(2, 2, 2, 2),
@@ -22,6 +23,19 @@ SMALL = dict(
     mmpretrain_vit=dict(type='mmpretrain.VisionTransformer', patch_size=8, img_size=(96, 64),
                         out_type='featmap', arch=dict(embed_dims=48, num_layers=4, num_heads=4,
                                                       feedforward_channels=96)),
+    eva02=dict(type='mmpretrain.ViTEVA02', patch_size=8, img_size=(96, 64), sub_ln=True,
+               out_type='featmap', out_indices=(0, 1, 2, 3), final_norm=False,
+               arch=dict(embed_dims=48, num_layers=4, num_heads=4, feedforward_channels=128)),
+    sam=dict(type='mmpretrain.ViTSAM', patch_size=8, img_size=(96, 64), window_size=5,
+             out_indices=(0, 1, 2, 3), out_channels=16, arch=dict(
+                 embed_dims=48, num_layers=4, num_heads=4, feedforward_channels=96,
+                 global_attn_indexes=[1, 3])),
+    timm_vit=dict(type='mmpretrain.TIMMBackbone', model_name='vit_small_patch14_reg4_dinov2',
+                  img_size=(96, 64), patch_size=8, **TINY),
+    timm_eva02=dict(type='mmpretrain.TIMMBackbone', model_name='eva02_base_patch14_224',
+                    img_size=(96, 64), patch_size=8, **TINY),
+    dinov3=dict(type='mmpretrain.TIMMBackbone', model_name='vit_small_plus_patch16_dinov3',
+                img_size=(96, 64), patch_size=8, **TINY),
     convnext=dict(type='mmpretrain.ConvNeXt', out_indices=(0, 1, 2, 3), drop_path_rate=0.,
                   gap_before_final_norm=False,
                   arch=dict(depths=[1, 1, 2, 1], channels=[16, 24, 32, 48])),

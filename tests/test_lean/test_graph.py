@@ -18,7 +18,7 @@ def test_a_changed_tensor_has_no_origin():
     assert Origin.of(y) is None
 
 
-@pytest.mark.parametrize('name', ['convolution', 'activation', 'attention'])
+@pytest.mark.parametrize('name', ['convolution', 'activation', 'attention', 'replayed'])
 def test_outputs_hold_nothing_once_the_graph_is_gone(name):
     """What a function notes on its output must not keep the input's memory alive for ever."""
     x = draw(2, 4, 8, dtype=torch.float32).requires_grad_()
@@ -29,6 +29,8 @@ def test_outputs_hold_nothing_once_the_graph_is_gone(name):
         y = lean.activation(y, activations.GELU)
     elif name == 'attention':
         y = lean.packed_attention(y, 2, 1.)
+    elif name == 'replayed':
+        y = lean.replayed(torch.sin, y)
     gone = weakref.ref(hidden)
     del hidden
     y.sum().backward()

@@ -121,6 +121,11 @@ FUNCTIONS = {
                   [(6, ), *MAPS]),
     'mish': (lambda x: lean.activation(x, activations.MISH), F.mish, [(6, ), *MAPS]),
     'swish': (lambda x: lean.activation(x, activations.SWISH), gate, [(6, ), *MAPS]),
+    'quick gelu': (lambda x: lean.activation(x, activations.QUICK_GELU),
+                   lambda x: x * torch.sigmoid(1.702 * x), [(6, ), *MAPS]),
+    'replayed': (lambda x: lean.replayed(gate, x), gate, [(6, ), *MAPS]),
+    'replayed view': (lambda x: lean.replayed(lambda x: x[..., 1:], x), lambda x: x[..., 1:],
+                      [(6, ), *MAPS]),
     'recomputed': (lambda x: lean.activation(lean.linear(x, draw(9, 6, seed=1), None, LeanState()),
                                              activations.GELU),
                    lambda x: F.gelu(F.linear(x, draw(9, 6, seed=1))), [(5, 6), (2, 3, 4, 6)]),
@@ -228,6 +233,8 @@ def calls(layer, *args):
 
 # Layer, further arguments, shapes of the input.
 ROTARY = 'mmpretrain.models.utils.position_encoding.RotaryEmbeddingFast'
+EVA02 = 'mmpretrain.models.backbones.vit_eva02.AttentionWithRoPE'
+SAM = 'mmpretrain.models.backbones.vit_sam.Attention'
 LAYERS = {
     'torch.nn.modules.conv.Conv1d': (lambda: nn.Conv1d(6, 6, 3), (), [(2, 6, 5), (6, 5)]),
     'torch.nn.modules.conv.Conv2d': (lambda: nn.Conv2d(3, 4, 3, padding='same'), (), MAPS),
@@ -271,6 +278,19 @@ LAYERS = {
     ROTARY: (lambda: host(ROTARY, 8, (2, 3)), ((2, 3), ), [(1, 2, 6, 8)]),
     'mmdet.models.backbones.swin.ShiftWindowMSA': (6, ),
     'mmseg.models.backbones.swin.ShiftWindowMSA': (6, ),
+    EVA02: (lambda: host(EVA02, 8, 2, rope=host(ROTARY, 4, (2, 3))), ((2, 3), ), [(4, 7, 8)]),
+    SAM: (lambda: host(SAM, 6, 2, use_rel_pos=True, input_size=(2, 3)), (), [(4, 2, 3, 6)]),
+    'mmpretrain.models.utils.attention.MultiheadAttention': (6, 2),
+    'mmpretrain.models.utils.swiglu_ffn.SwiGLUFFN': (6, 8),
+    'mmpretrain.models.utils.clip_generator_helper.QuickGELU': (),
+    'timm.layers.activations.GELU': (), 'timm.layers.activations.GELUTanh': (),
+    'timm.layers.activations.QuickGELU': (),
+    'timm.layers.norm.LayerNorm': (7, ),
+    'timm.layers.attention.Attention': (6, 2), 'timm.layers.attention.AttentionRope': (6, 2),
+    'timm.models.eva.EvaAttention': (
+        lambda: host('timm.models.eva.EvaAttention', 6, 2, scale_norm=False), (), [(2, 5, 6)]),
+    'timm.layers.mlp.SwiGLU': (6, 8),
+    'timm.layers.mlp.GluMlp': (6, 8),
 }
 
 
@@ -288,7 +308,9 @@ def layer_of(path):
         return layer, (), [(4, 7, 6)]
     if path.endswith(('.WindowMSA', '.WindowMSAV2')):
         return host(path, 6, num_heads=2, window_size=(2, 3)), (), [(4, 6, 6)]
-    shapes = [(2, 3, 4, 5, 6)] if path.endswith('3d') else MAPS[:1]
+    tokens = path.endswith(('.MultiheadAttention', '.SwiGLUFFN', '.GluMlp', '.SwiGLU', '.Attention',
+                            '.AttentionRope'))
+    shapes = [(2, 3, 4, 5, 6)] if path.endswith('3d') else [(2, 5, 6)] if tokens else MAPS[:1]
     return host(path, *entry), (), shapes
 
 

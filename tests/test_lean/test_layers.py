@@ -30,6 +30,22 @@ def test_a_strided_batch_is_one_product():
         torch.testing.assert_close(x.grad, weight.sum(0).expand(5, 6, 4))
 
 
+@pytest.mark.parametrize('name', ['GELU', 'GELUTanh', 'QuickGELU'])
+def test_activations_of_timm(name):
+    stock = getattr(pytest.importorskip('timm.layers.activations'), name)()
+    lean = copy.deepcopy(stock)
+    assert make_lean(lean).covered
+    x = images(2, 3, 8, 8)
+    found = []
+    for net in (lean, stock):
+        image = x.clone().requires_grad_()
+        y = net(image)
+        y.sin().sum().backward()
+        found.append((y, image.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
 def test_transposed_convolutions():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
                         nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2), nn.BatchNorm2d(6),
@@ -57,6 +73,10 @@ THAWED = {
     'vit': ['layers.2.attn.attn.in_proj_weight', 'layers.5.attn.attn.out_proj.bias', ''],
     'convnext': ['norm1.weight', 'downsample_layers.1.0.bias', ''],
     'timm': ['bn1.weight', ''],
+    'sam': ['layers.2.attn.rel_pos_h', 'layers.1.attn.qkv.weight'],
+    'eva02': ['layers.1.mlp.norm.weight', 'layers.2.mlp.w12.bias', ''],
+    'timm_eva02': ['blocks.2.mlp.fc1_g.weight', 'blocks.2.attn.v_proj.bias', ''],
+    'dinov3': ['blocks.1.attn.qkv.weight', ''],
 }
 
 

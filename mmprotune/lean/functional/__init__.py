@@ -22,10 +22,11 @@ from .linear import linear
 from .norms import batch_norm, group_norm, layer_norm
 from .pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from .rearrange import rearranged, unfold
+from .replayed import replayed
 
 __all__ = [
     'Convolution', 'activation', 'adaptive_avg_pool2d', 'attention', 'avg_pool2d', 'batch_norm',
     'clamp', 'convolution', 'cosine_attention', 'group_norm', 'hardsigmoid', 'hardtanh',
     'layer_norm', 'leaky_relu', 'linear', 'max_pool2d', 'packed_attention', 'rearranged', 'relu',
-    'sigmoid', 'tanh', 'unfold'
+    'replayed', 'sigmoid', 'tanh', 'unfold'
 ]

@@ -150,6 +150,8 @@ class Smooth:
 GELU = Smooth(F.gelu, lambda grad, x: aten.gelu_backward(grad, x, approximate='none'))
 GELU_TANH = Smooth(lambda x: F.gelu(x, approximate='tanh'),
                    lambda grad, x: aten.gelu_backward(grad, x, approximate='tanh'))
+QUICK_GELU = Smooth(lambda x: x * torch.sigmoid(1.702 * x),
+                    lambda grad, x: aten.silu_backward(grad, 1.702 * x))
 SILU = Smooth(F.silu, aten.silu_backward)
 HARDSWISH = Smooth(F.hardswish, aten.hardswish_backward)
 MISH = Smooth(F.mish, aten.mish_backward)
@@ -193,7 +195,7 @@ class _Recomputed(Function):
 
 
 def activation(x: Tensor, act: Smooth) -> Tensor:
-    """GELU, SiLU, Hardswish, Mish or Swish.
+    """GELU, QuickGELU, SiLU, Hardswish, Mish or Swish.
 
     Keeps its input. Where the frozen layers before it have an owner (see
     :func:`~mmprotune.lean.functional.convolution`): their input instead, of which the backward

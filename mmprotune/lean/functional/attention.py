@@ -20,6 +20,21 @@ CHUNK_BYTES = dict(cpu=4 << 20)
 CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 
+def parts(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of the batch and of the heads whose probabilities are few enough.
+
+    Args:
+        q (Tensor): Queries of shape (B, heads, tokens, channels).
+        k (Tensor): Keys, of the same shape but for the tokens.
+    """
+    limit = CHUNK_BYTES.get(q.device.type, CHUNK_BYTES_ELSEWHERE)
+    count = max(1, limit // max(1, q.size(2) * k.size(2) * q.element_size()))
+    batch, heads = max(1, count // q.size(1)), min(count, q.size(1))
+    for b in range(0, max(1, q.size(0)), batch):
+        for h in range(0, q.size(1), heads):
+            yield slice(b, min(b + batch, q.size(0))), slice(h, min(h + heads, q.size(1)))
+
+
 class _Attention:
     """Computes attention, a part of the batch and of the heads at a time."""
 
@@ -33,15 +48,6 @@ class _Attention:
         if len(projected) == 1:
             projected = projected[0].chunk(3, dim=-1)
         return [p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected]
-
-    def parts(self, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-        """Slices of the batch and of the heads whose probabilities are few enough."""
-        limit = CHUNK_BYTES.get(q.device.type, CHUNK_BYTES_ELSEWHERE)
-        count = max(1, limit // max(1, q.size(2) * k.size(2) * q.element_size()))
-        batch, heads = max(1, count // self.heads), min(count, self.heads)
-        for b in range(0, max(1, q.size(0)), batch):
-            for h in range(0, self.heads, heads):
-                yield slice(b, min(b + batch, q.size(0))), slice(h, min(h + heads, self.heads))
 
     def probabilities(self, q: Tensor, k: Tensor, biases: Sequence[Tensor],
                       part: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +71,7 @@ class _Attention:
         q, k, v = self.split(projected)
         biases = self.expand(biases)
         out = None
-        for part in self.parts(q, k):
+        for part in parts(q, k):
             mixed = torch.bmm(self.probabilities(q, k, biases, part)[0], _matrices(v[part]))
             if out is None:  # in the layout of the queries
                 like = projected[0] if len(projected) > 1 else projected[0].chunk(3, dim=-1)[0]
@@ -81,7 +87,7 @@ class _Attention:
         grad = grad.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         gradients = [torch.empty_like(p) for p in projected]
         q_grad, k_grad, v_grad = self.split(gradients)
-        for part in self.parts(q, k):
+        for part in parts(q, k):
             with precision():
                 mixing, queries, keys = self.probabilities(q, k, biases, part)
             g = _matrices(grad[part])

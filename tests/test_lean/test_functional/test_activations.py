@@ -71,6 +71,7 @@ SMOOTH = {
     'silu': (activations.SILU, F.silu),
     'hardswish': (activations.HARDSWISH, F.hardswish),
     'mish': (activations.MISH, F.mish),
+    'quick gelu': (activations.QUICK_GELU, lambda x: x * torch.sigmoid(1.702 * x)),
     'swish': (activations.SWISH, lambda x: x * torch.sigmoid(x)),
 }
 
