@@ -9,6 +9,7 @@ from mmengine.config import Config
 from torch import nn
 
 from mmprotune.engine import cli
+from tests.conftest import RESNET18, build
 
 from .conftest import REPO, load_tool
 
@@ -47,6 +48,16 @@ def test_counts_by_hand():
     assert counted['total'] == dict(trainable=13, frozen=4, buffers=8)
     assert counted['trainable_share'] == pytest.approx(13 / 17)
     assert counted['prompts_to_backbone'] is None
+
+
+def test_weights_in_8_bits_are_frozen_ones():
+    counts = []
+    for dtype in (None, 'int8'):
+        backbone = build(dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, freeze='all',
+                              backbone_dtype=dtype))
+        counts.append(tool.count(nn.ModuleDict(dict(backbone=backbone))))
+    assert counts[0]['total']['frozen'] == counts[1]['total']['frozen'] > 0
+    assert counts[0]['trainable_share'] == counts[1]['trainable_share']
 
 
 def test_prompted_config(capsys):

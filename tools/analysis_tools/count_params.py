@@ -13,6 +13,7 @@ from torch import nn
 from mmprotune.config_nodes import without_pretrained
 from mmprotune.engine import cli
 from mmprotune.engine.processes import prepare_processes
+from mmprotune.lean.int8 import weights_in
 from mmprotune.models import PromptedBackbone
 
 COLUMNS = ('trainable', 'frozen', 'buffers')
@@ -90,8 +91,9 @@ def count(model: nn.Module) -> dict:
     for name, param in model.named_parameters():
         column = 'trainable' if param.requires_grad else 'frozen'
         groups[_group(name, prompted)][column] += param.numel()
+    low = weights_in(model)  # which are no parameters any more
     for name, buffer in model.named_buffers():
-        groups[_group(name, prompted)]['buffers'] += buffer.numel()
+        groups[_group(name, prompted)]['frozen' if name in low else 'buffers'] += buffer.numel()
 
     total = {column: sum(group[column] for group in groups.values()) for column in COLUMNS}
     sizes = {name: group['trainable'] + group['frozen'] for name, group in groups.items()}
