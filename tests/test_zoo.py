@@ -34,7 +34,7 @@ def test_the_table_is_what_the_cards_say(made):
     info = checkpoint.inspect(packed)
     row = page.read_text().splitlines()[3].split(' | ')
     assert row[:2] == ['| flowers', 'ImageClassifier']
-    assert row[2] == 'mmdet.ResNet, `resnet18.pth`'
+    assert row[2] == 'ResNet, `resnet18.pth`'
     assert row[3] == f'`{next(iter(info["fingerprints"].values()))[:8]}`'
     assert '(flowers)' in row[4] and row[5] == '2 epochs, 20 iterations'
     assert row[6] == 'top-1 61.5'
