@@ -32,7 +32,7 @@ def test_the_table_is_what_the_cards_say(made):
     zoo.main(['--runs', str(runs), '--page', str(page)])
     packed = runs / 'packed' / 'flowers' / 'adapter.safetensors'
     info = checkpoint.inspect(packed)
-    row = page.read_text().splitlines()[3].split(' | ')
+    row = page.read_text().splitlines()[4].split(' | ')
     assert row[:2] == ['| flowers', 'ImageClassifier']
     assert row[2] == 'ResNet, `resnet18.pth`'
     assert row[3] == f'`{next(iter(info["fingerprints"].values()))[:8]}`'
