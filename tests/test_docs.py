@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 
 from mmprotune.config_nodes import without_pretrained
 from mmprotune.engine import cli
+from mmprotune.engine.config import protune
 from mmprotune.engine.runner import build_runner
 from mmprotune.testing.noise_batch import noise_item
 from tests.test_configs import ROOT, SIZE, make_small
@@ -142,9 +143,11 @@ def check_tool(path: str, words: list[str], capsys) -> None:
             f'{path} has no {flag}')
     if '--cfg-options' in words:
         options = words[words.index('--cfg-options') + 1:]
-        config = next((w for w in words if w.endswith('.py') and '$' not in w), None)
+        # A reader's own is named my_….
+        config = next((w for w in words if re.fullmatch(r'(?!my_)[^$]+\.py', w)), None)
         if config is not None:
-            check_options(cli.load_config(str(ROOT / config) if '::' not in config else config),
+            cfg = cli.load_config(str(ROOT / config) if '::' not in config else config)
+            check_options(protune(cfg) if '--protune' in words else cfg,
                           [w for w in options if '=' in w and not w.startswith('--')])
 
 

@@ -1,8 +1,8 @@
 """Writes a prompted model as ONNX or as PyTorch's exported program, prompts included.
 
 OUT's suffix says which: .onnx or .pt2. Of classifiers and segmentors all is written, up to the
-logits; of detectors backbone, neck and the raw outputs of the dense head. The file is compared with
-PyTorch before it gets its name.
+logits; of detectors backbone, neck and the raw outputs of the dense head, or with --boxes boxes and
+scores. The file is compared with PyTorch before it gets its name.
 """
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--size', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'),
                         help='of the images to trace with, pixels; where the model does not let '
                         'sizes vary, the size of the file')
+    parser.add_argument('--boxes', action='store_true',
+                        help='of one-stage detectors: boxes in pixels and scores, before '
+                        "thresholds and NMS, in place of the head's raw outputs")
     parser.add_argument('--force', action='store_true', help='overwrite OUT')
     return parser.parse_args(argv)
 
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     meta = (loaded.get('meta') or {}).get('dataset_meta') if 'state_dict' in loaded else None
     if isinstance(meta, dict):
         model.dataset_meta = {str(key).lower(): value for key, value in meta.items()}
-    done = export(model, cfg, out, args.size and [tuple(args.size)])
+    done = export(model, cfg, out, args.size and [tuple(args.size)], args.boxes)
     told = done.description
     shape = [name if name in done.free else str(value) for name, value in zip(
         ('batch', 'channels', 'height', 'width'), (2, 3, *done.size))]

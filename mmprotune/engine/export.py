@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mmprotune.checkpoints.slim import prompted_parts
 from mmprotune.config_nodes import prompted_nodes
+from mmprotune.engine.dense_boxes import boxes_of, why_not
 from mmprotune.engine.inference import check_host
 from mmprotune.errors import ExportError, LaunchError
 from mmprotune.lean.dry_run import own_sizes, tensors_in
@@ -123,16 +124,18 @@ class Network(nn.Module):
     Args:
         model (nn.Module): The host's.
         host (str): Which.
+        boxes (bool): Whether a one-stage detector gives boxes and scores, in place of its head's
+            raw outputs. Defaults to False.
 
     Attributes:
         kind (str): classifier, segmentor or detector.
         note (str): What is left out of the model; '' where nothing is.
 
     Raises:
-        ExportError: No sound part of it is one function of images.
+        ExportError: No sound part of it is one function of images, or it has no such boxes.
     """
 
-    def __init__(self, model: nn.Module, host: str) -> None:
+    def __init__(self, model: nn.Module, host: str, boxes: bool = False) -> None:
         super().__init__()
         self.model = model
         kind = type(model).__name__
@@ -148,9 +151,13 @@ class Network(nn.Module):
         elif host == 'mmdet':
             self.kind, self._outputs = 'detector', self._detect
             self._check_detector(kind)
+            if boxes:
+                self._check_boxes(kind)
         else:
             raise ExportError(f'{kind} does not export: expected a classifier with a head, a '
                               'segmentor, or a detector with a dense head')
+        if boxes and self.kind != 'detector':
+            raise ExportError(f'--boxes: {kind} is a {self.kind}, expected a one-stage detector')
 
     def _check_detector(self, kind: str) -> None:
         from mmdet.models import SingleStageDetector, TwoStageDetector
@@ -164,6 +171,16 @@ class Network(nn.Module):
         else:
             raise ExportError(f'{kind} does not export: expected a one-stage or two-stage detector '
                               'with a dense head (its queries or masks need more than the images)')
+
+    def _check_boxes(self, kind: str) -> None:
+        head = getattr(self.model, 'bbox_head', None)
+        reason = why_not(head) if head is not None else (
+            f'{kind} has two stages, expected a one-stage detector')
+        if reason:
+            raise ExportError(f'--boxes: {reason}; without it the raw outputs are exported')
+        self._outputs = self._detect_boxes
+        self.note = ('boxes are (x1, y1, x2, y2) in pixels of the image, scores of the classes '
+                     'beside them; thresholds and NMS (test_cfg) are left to the reader')
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         return tuple(self._outputs(image).values())
@@ -197,6 +214,11 @@ class Network(nn.Module):
             found.update(_numbered(name, value, always=True))
         return found
 
+    def _detect_boxes(self, image: Tensor) -> dict[str, Tensor]:
+        head = self.model.bbox_head
+        found = boxes_of(head, head(self.model.extract_feat(image)), image.shape[2:])
+        return dict(zip(('boxes', 'scores'), found))
+
 
 def _numbered(name: str, value: object, always: bool = False) -> dict[str, Tensor]:
     tensors = list(tensors_in(value))
@@ -209,7 +231,7 @@ def _numbered(name: str, value: object, always: bool = False) -> dict[str, Tenso
 
 
 def export(model: nn.Module, cfg: Config, out: str | os.PathLike,
-           sizes: Sequence[tuple[int, int]] | None = None) -> Exported:
+           sizes: Sequence[tuple[int, int]] | None = None, boxes: bool = False) -> Exported:
     """Writes a model, and compares what was written with PyTorch; whole or not at all.
 
     Batch, height and width may vary where the model lets them; what does not is said.
@@ -220,6 +242,8 @@ def export(model: nn.Module, cfg: Config, out: str | os.PathLike,
         out (str | os.PathLike): Of :func:`check_target`.
         sizes (Sequence[tuple[int, int]], optional): Image sizes (H, W) to trace with, tried in
             turn. Defaults to None: usual ones.
+        boxes (bool): Whether a one-stage detector gives boxes and scores, in place of its head's
+            raw outputs. Defaults to False.
 
     Returns:
         Exported: What was written.
@@ -228,7 +252,7 @@ def export(model: nn.Module, cfg: Config, out: str | os.PathLike,
         ExportError: The model does not export, or the file computes something else.
     """
     out = Path(out)
-    network = Network(model, cfg.default_scope)
+    network = Network(model, cfg.default_scope, boxes)
     if out.suffix == '.onnx' and sum(t.nbytes for t in model.state_dict().values()) > MOST:
         raise ExportError('its weights do not fit into one ONNX file (2 GiB); write a .pt2')
     with torch.no_grad(), _quiet():
@@ -316,6 +340,9 @@ def _describe(model: nn.Module, network: Network, outputs: dict[str, Tensor]) ->
             described[name] = [round(value, 4) for value in values.flatten().tolist()]
     meta = getattr(model, 'dataset_meta', None) or {}
     described['classes'] = [str(name) for name in meta.get('classes') or ()]
+    if network.kind == 'detector':
+        described['test_cfg'] = json.loads(
+            json.dumps(getattr(model, 'test_cfg', None), default=str))
     described['fingerprints'] = [part.own_fingerprint for _, part in prompted_parts(model)]
     return described
 

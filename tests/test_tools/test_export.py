@@ -1,19 +1,24 @@
 """Exported files compute what the hosts do with the checkpoint, prompts included."""
 import json
+import re
 import sys
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 
 from mmprotune import checkpoint
 from mmprotune.checkpoints.convert import build_model
 from mmprotune.engine import cli
 from mmprotune.engine import export as engine
 from mmprotune.errors import ExportError, LaunchError
+from tests.conftest import build, wake
 from tests.test_engine.tasks import HOSTS, alone, backbone, picture, save_task, task_cfg
-from tests.test_tools.conftest import load_tool
+from tests.test_tools.conftest import REPO, load_tool
 
 tool = load_tool('export.py')
 pytestmark = pytest.mark.skipif(not hasattr(torch.export, 'Dim') or
@@ -88,6 +93,143 @@ def test_the_file_computes_what_the_host_does(kind, suffix, tasks, tmp_path, cap
         for name, tensors in (('feature', maps), ('cls_scores', scores), ('bbox_preds', boxes)):
             for i, tensor in enumerate(tensors):
                 torch.testing.assert_close(found[f'{name}_{i}'], tensor, atol=1e-4, rtol=1e-4)
+
+
+# --- boxes -----------------------------------------------------------------------------------
+
+ONE_STAGE = {
+    'retinanet': ('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', 'retina_cls', dict(
+        neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
+        bbox_head=dict(in_channels=16, feat_channels=16, num_classes=3, stacked_convs=1))),
+    'rtmdet': ('mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py', 'rtm_cls', dict(
+        neck=dict(in_channels=[16, 32, 64], out_channels=16),
+        bbox_head=dict(in_channels=16, feat_channels=16, num_classes=3, stacked_convs=1))),
+    # Its scores have factors.
+    'fcos': ('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', 'conv_cls', dict(
+        neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
+        bbox_head=dict(in_channels=16, feat_channels=32, num_classes=3, stacked_convs=1))),
+}
+
+
+def one_stage(name: str, prompted: dict) -> tuple[Config, str]:
+    """A tiny one-stage detector's config, and what the layers that make its scores are called."""
+    stock, layer, model = ONE_STAGE[name]
+    cfg = cli.load_config(stock)
+    cfg.merge_from_dict(dict(model=model))
+    if name == 'rtmdet':
+        prompted['backbone']['out_indices'] = (1, 2, 3)
+    cfg.model.backbone = prompted
+    return cfg, layer
+
+
+def save_detector(path: Path, name: str, file: str) -> str:
+    """A checkpoint whose scores differ enough for a threshold to choose some."""
+    cfg, layer = one_stage(name, backbone(file))
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = build_model(cfg)
+    wake(model)
+    with torch.no_grad():
+        for part, weights in model.bbox_head.named_parameters():
+            if layer in part:
+                # Far from where sigmoids are one: equal scores have no order.
+                weights.copy_(torch.randn_like(weights) * 0.02)
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(
+        cfg=cfg.pretty_text, dataset_meta=dict(classes=('a', 'b', 'c')),
+        mmprotune=checkpoint.describe_model(model))), path)
+    return str(path)
+
+
+def boxes_by_the_page(boxes, scores, test_cfg):
+    """What docs/export.md does with the outputs of one image."""
+    page = (REPO / 'docs' / 'export.md').read_text(encoding='utf-8')
+    code, = re.findall(r'```python\n(from torchvision.ops import b.*?)```', page, re.DOTALL)
+    given = dict(run=lambda _: (boxes, scores), image=None, said=dict(test_cfg=test_cfg))
+    exec(code, given)
+    return given['boxes'], given['scores'], given['labels']
+
+
+def check_boxes(model, photo, found, test_cfg):
+    """The file's boxes are those of the host's own detector, its way of choosing included."""
+    from mmdet.structures import DetDataSample
+    sample = DetDataSample(metainfo=dict(
+        img_shape=photo.shape[2:], ori_shape=photo.shape[2:], scale_factor=(1.0, 1.0)))
+    assert found['boxes'].shape[:2] == found['scores'].shape[:2]
+    with torch.no_grad():
+        expected = model.predict(photo, [sample])[0].pred_instances
+    boxes, scores, labels = boxes_by_the_page(found['boxes'], found['scores'], test_cfg)
+    assert len(expected) > 3
+
+    def rows(scores, labels, boxes):
+        """Of equal scores, either may come first."""
+        return torch.tensor(sorted(torch.cat(
+            [scores[:, None], labels[:, None], boxes], dim=1).tolist()))
+
+    torch.testing.assert_close(
+        rows(scores, labels, boxes),
+        rows(expected.scores, expected.labels, expected.bboxes), atol=1e-4, rtol=1e-4)
+
+
+def hosts_own(saved, test_cfg, score_thr):
+    """The host's model of a checkpoint; it and the reader leave out by one threshold alone."""
+    model = build_model(Config.fromstring(
+        torch.load(saved, weights_only=True)['meta']['cfg'], '.py'))
+    checkpoint.load(model, saved)
+    assert test_cfg == model.test_cfg.to_dict()
+    model.bbox_head.test_cfg.update(score_thr=score_thr, nms_pre=-1)
+    test_cfg['score_thr'] = score_thr
+    return model
+
+
+@pytest.mark.parametrize('name', ONE_STAGE)
+def test_boxes_are_those_of_the_host(name, resnet18_file, tmp_path, capsys):
+    saved = save_detector(tmp_path / 'saved.pth', name, resnet18_file)
+    file = tmp_path / 'model.pt2'
+    tool.main(['-', saved, str(file), '--boxes'])
+    assert 'boxes (2, ' in capsys.readouterr().out
+    run, said = read_file(file)
+    assert list(said['outputs']) == ['boxes', 'scores']
+    assert said['free'] == ['batch', 'height', 'width']
+    # Not smaller, or the last map is a point.
+    image = torch.randn(1, 3, 224, 160, generator=torch.Generator().manual_seed(0))
+    # Score factors come after the host's threshold and before the reader's.
+    model = hosts_own(saved, said['test_cfg'], 0.0 if name == 'fcos' else 0.5)
+    check_boxes(model, image, run(image), said['test_cfg'])
+
+
+@pytest.mark.assets
+def test_boxes_of_a_real_picture(assets, resnet18_file, tmp_path):
+    """A photograph as the host's pipeline leaves it, through the .pt2."""
+    saved = save_detector(tmp_path / 'saved.pth', 'retinanet', resnet18_file)
+    file = tmp_path / 'model.pt2'
+    tool.main(['-', saved, str(file), '--boxes'])
+    run, said = read_file(file)
+    photo = cv2.imread(str(sorted((assets / 'pennfudan' / 'images').iterdir())[0]))
+    photo = cv2.resize(photo, (320, 256))
+    if said['channels'] == 'RGB':
+        photo = photo[..., ::-1]
+    image = torch.from_numpy((photo - np.array(said['mean'])) / np.array(said['std']))
+    image = image.float().permute(2, 0, 1)[None]
+    model = hosts_own(saved, said['test_cfg'], 0.5)
+    check_boxes(model, image, run(image), said['test_cfg'])
+
+
+def test_boxes_of_other_models_are_refused(tasks, resnet18_file, tmp_path):
+    file = str(tmp_path / 'model.pt2')
+    with pytest.raises(ExportError, match='--boxes: ImageClassifier is a classifier'):
+        tool.main(['-', tasks['classifier'], file, '--boxes'])
+    with pytest.raises(ExportError, match='--boxes: FasterRCNN has two stages'):
+        tool.main(['-', tasks['detector'], file, '--boxes'])
+    head = build(dict(
+        type='PAAHead', num_classes=3, in_channels=16, reg_decoded_bbox=True,
+        anchor_generator=dict(type='AnchorGenerator', ratios=[1.0], octave_base_scale=8,
+                              scales_per_octave=1, strides=[8, 16]),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder'), loss_bbox=dict(type='GIoULoss')))
+    model = engine.build(one_stage('retinanet', backbone(resnet18_file))[0])
+    assert engine.Network(model, 'mmdet', boxes=True).kind == 'detector'
+    model.bbox_head = head
+    with pytest.raises(ExportError, match='PAAHead makes boxes in a way of its own.*raw outputs'):
+        engine.Network(model, 'mmdet', boxes=True)
 
 
 def test_another_result_is_not_written(tasks, tmp_path, monkeypatch):

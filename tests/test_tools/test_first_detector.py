@@ -66,7 +66,11 @@ def test_the_page_makes_a_detector_and_a_picture(tmp_path, monkeypatch, capsys, 
     # Its config names a file to download; here it is the one that the run left.
     Path('my_detector.py').write_text(Path('work_dirs/my_detector/my_detector.py').read_text())
     exec(smaller(inference, ('epoch_6', 'epoch_1')), {})
-    assert len(list(Path('predictions/vis').iterdir())) == 4
+    assert len(list(Path('found/vis').iterdir())) == 4
+    command, = (line for block in blocks(PAGE, 'bash') for line in block.splitlines()
+                if line.startswith('python tools/predict.py'))
+    load_tool('predict.py').main(smaller(command, ('epoch_6', 'epoch_1')).split()[2:])
+    assert len(list(Path('predictions/pictures').iterdir())) == 4
 
     # docs/logging.md goes on with the same run.
     for block in blocks(LOGGING, 'bash'):
