@@ -6,7 +6,7 @@ convolution, asked for the gradient of the input alone, never reads the input th
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .precision import cast, converted, without_autocast
-
-if TYPE_CHECKING:
-    from .functional import Convolution
 
 aten = torch.ops.aten
 
@@ -46,7 +43,7 @@ class _Convolve(Function):
         return grad.to(ctx.dtype), None, None, None, None, None
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Convolution,
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Any,
                 memory_format: torch.memory_format, scale: Tensor | None) -> Tensor:
     """A convolution with a frozen weight, as the compiler is to record it. Keeps nothing.
 
@@ -54,7 +51,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Convolutio
         x (Tensor): Input, padded already where ``conv.pad`` says.
         weight (Tensor): Weight.
         bias (Tensor, optional): Bias.
-        conv (Convolution): Settings.
+        conv (mmprotune.lean.functional.Convolution): Settings.
         memory_format (torch.memory_format): How ``x`` lies in memory.
         scale (Tensor, optional): Of a weight in 8 bits.
     """
