@@ -7,4 +7,9 @@ model = dict(
         type='mmprotune.PromptedBackbone',
         backbone={{_base_.model.backbone}},
         prompt=dict(type='mmprotune.PromptBlock'),
+        # The backbone has seen no such grounds: prompts begin where images come in.
+        insert='narrow',
+        stem=True,
         freeze='pretrained'))
+# Of the head's rate.
+optim_wrapper = dict(paramwise_cfg=dict(prompts=dict(lr_mult=7)))

@@ -110,8 +110,8 @@ def quickstart(work_dir: Path, seed: int, fresh: bool) -> str:
         say(f'1/5 drawing {IMAGES["train"]} images to train on, {IMAGES["val"]} others to test on')
         for split, number in IMAGES.items():
             write_coco(data, split, number, SIDE, seed)
-        say('2/5 pre-training a ResNet-18 of half the usual width to tell textured '
-            'rings, arrows and letters apart')
+        say('2/5 pre-training a ResNet-18 of half the usual width to tell rings, arrows and '
+            'letters on cloudy grounds apart')
         run_all([('pre-training', work_dir / 'pretraining.log', [
             TOOLS / 'quickstart_pretrain.py', runs[0].config, '--out', backbone, '--seed', seed])],
             threads=cores)
@@ -153,7 +153,7 @@ def verdict(run: Run) -> str:
     """The last line for the prompted run.
 
     Raises:
-        QuickstartError: Its mask AP50 is below 0.5, or not a number.
+        QuickstartError: Its mask AP50 is below ``MINIMUM_AP50``, or not a number.
     """
     if not run.mask_ap50 >= MINIMUM_AP50:
         raise QuickstartError(f'mask AP50 of "{run.name}" is {run.mask_ap50:.3f}, expected at '

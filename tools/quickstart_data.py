@@ -1,8 +1,9 @@
 """Draws the two data sets of the quickstart from a seed, so that nothing has to be downloaded.
 
-``pretraining_image`` draws one motif in one texture and is classified; ``write_coco`` draws
-scenes of other shapes, plainly coloured, that overlap, and writes them as a COCO instance
-segmentation set. The two tasks share no class.
+``pretraining_image`` draws one motif on a cloudy ground and is classified; ``write_coco`` draws
+scenes of other shapes that overlap, on grounds full of stripes, dots or checks, and writes them as
+a COCO instance segmentation set. The two tasks share no class, and a backbone that was trained on
+the first one sees edges all over the second one's grounds.
 """
 from __future__ import annotations
 
@@ -17,7 +18,6 @@ from pycocotools import mask as coco_mask
 SHAPES = ('disc', 'square', 'triangle', 'star', 'cross')
 MOTIFS = ('ring', 'crescent', 'arrow', 'zigzag', 'hourglass', 'letter-E', 'letter-H', 'letter-L')
 TEXTURES = ('stripes', 'dots', 'checks')
-PRETRAINING_CLASSES = tuple(f'{texture} {motif}' for motif in MOTIFS for texture in TEXTURES)
 
 # Every image has a random stream of its own, (seed, split, index): splits never share an image,
 # and a longer set begins with the shorter one.
@@ -104,11 +104,12 @@ def _background(side: int, rng: np.random.Generator) -> np.ndarray:
     return dark + share * (light - dark)
 
 
-def _colour_unlike(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A colour (3,) that can be told from ``colour``."""
+def _colour_unlike(colour: np.ndarray, rng: np.random.Generator,
+                   difference: float = 70) -> np.ndarray:
+    """A colour (3,) that can be told from ``colour``: by more than this in one channel."""
     while True:
         candidate = rng.uniform(0, 255, 3).astype(np.float32)
-        if np.abs(candidate - colour).max() > 70:
+        if np.abs(candidate - colour).max() > difference:
             return candidate
 
 
@@ -142,31 +143,24 @@ def _texture(name: str, side: int, first: np.ndarray, second: np.ndarray,
 # --- the two tasks ---
 
 def pretraining_image(label: int, side: int, rng: np.random.Generator) -> np.ndarray:
-    """One textured motif of class ``PRETRAINING_CLASSES[label]``, BGR uint8 (side, side, 3)."""
-    texture, motif = PRETRAINING_CLASSES[label].split(' ')
+    """One plainly coloured motif, ``MOTIFS[label]``, BGR uint8 (side, side, 3)."""
     image = _background(side, rng)
     radius = side * rng.uniform(0.28, 0.48)
     centre = side / 2 + rng.uniform(-1, 1, 2) * (side / 2 - radius)
-    first = _colour_unlike(image.mean((0, 1)), rng)
-    pattern = _texture(texture, side, first, _colour_unlike(first, rng), rng)
-    _paint(image, _coverage(motif, side, centre, radius, rng), pattern)
+    colour = _colour_unlike(image.mean((0, 1)), rng)
+    _paint(image, _coverage(MOTIFS[label], side, centre, radius, rng), colour)
     return _camera(image, rng)
 
 
 def scene(side: int, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """A scene of two to five overlapping shapes.
+    """A scene of two to five overlapping shapes on a textured ground.
 
     Returns:
         tuple: The image, BGR uint8 (side, side, 3), and per shape its index in ``SHAPES`` and the
         bool mask (side, side) of what can be seen of it.
     """
-    image = _background(side, rng)
-    for _ in range(rng.integers(0, 5)):  # loose strokes, which are nothing to be found
-        ends = rng.integers(0, side, (2, 2))
-        stroke = np.zeros((side, side), np.uint8)
-        cv2.line(stroke, ends[0].tolist(), ends[1].tolist(), 255, int(rng.integers(1, 4)),
-                 cv2.LINE_AA)
-        _paint(image, stroke, rng.uniform(0, 255, 3).astype(np.float32))
+    first = rng.uniform(0, 255, 3).astype(np.float32)
+    image = _texture(str(rng.choice(TEXTURES)), side, first, _colour_unlike(first, rng, 130), rng)
 
     shapes: list[tuple[int, np.ndarray]] = []
     areas: list[int] = []

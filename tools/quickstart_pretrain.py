@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel, ImgDataPreprocessor
 from mmengine.runner import Runner
-from quickstart_data import PRETRAINING_CLASSES, pretraining_image, stream
+from quickstart_data import MOTIFS, pretraining_image, stream
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -27,11 +27,11 @@ EPOCHS = 3
 
 
 class DrawnMotifs(Dataset):
-    """Textured motifs; the class runs through all classes in turn."""
+    """Plain motifs; the class runs through all classes in turn."""
 
     def __init__(self, number: int, seed: int, split: str) -> None:
-        self.metainfo = dict(classes=PRETRAINING_CLASSES)
-        self.labels = [i % len(PRETRAINING_CLASSES) for i in range(number)]
+        self.metainfo = dict(classes=MOTIFS)
+        self.labels = [i % len(MOTIFS) for i in range(number)]
         self.images = torch.from_numpy(np.stack([
             pretraining_image(label, SIDE, stream(seed, split, i))
             for i, label in enumerate(self.labels)])).permute(0, 3, 1, 2)
@@ -49,7 +49,7 @@ class Classifier(BaseModel):
     def __init__(self, backbone: nn.Module, preprocessor: dict) -> None:
         super().__init__(ImgDataPreprocessor(**preprocessor))
         self.backbone = backbone
-        self.head = nn.Linear(backbone.feat_dim, len(PRETRAINING_CLASSES))
+        self.head = nn.Linear(backbone.feat_dim, len(MOTIFS))
 
     def forward(self, inputs: torch.Tensor, data_samples: list[int], mode: str = 'tensor'):
         """Logits (N, classes), ``dict(loss=…)`` or, per image, whether it was right."""
