@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise LaunchError(f'--page: {args.page} has no lines {BEGIN.strip()} and {END.strip()}')
     rows = []
     for name in COMMAND.findall(text):
+        if not (args.runs / name).is_dir():
+            raise LaunchError(f'--runs: no folder {args.runs / name}; its command on the page '
+                              'makes it')
         out = args.runs / 'packed' / name
         mmprotune.pack(args.runs / name, out, license=args.license, name=name, force=True)
         rows.append(row_of(out))

@@ -19,6 +19,14 @@ class LaunchError(MMProtuneError, ValueError):
 # --- models -----------------------------------------------------------------------------------
 
 
+class OptionError(MMProtuneError, ValueError):
+    """An option of a backbone, a prompt or a hook has a value that it cannot have."""
+
+
+class OptionTypeError(MMProtuneError, TypeError):
+    """An option of a backbone, a prompt or a hook is of the wrong type."""
+
+
 class PretrainedFileError(MMProtuneError, ValueError):
     """The pre-trained file is missing, or is not this backbone's."""
 

@@ -58,6 +58,12 @@ def test_a_run_without_a_result_leaves_the_page_as_it_is(made):
         zoo.main(['--runs', str(runs), '--page', str(page)])
 
 
+def test_a_run_that_is_not_there(made):
+    runs, page = made
+    with pytest.raises(LaunchError, match='--runs: no folder .*elsewhere/flowers'):
+        zoo.main(['--runs', str(runs / 'elsewhere'), '--page', str(page)])
+
+
 def test_the_page_has_a_row_for_each_command():
     text = (DOCS / 'zoo.md').read_text(encoding='utf-8')
     table = text.partition(zoo.BEGIN)[2].partition(zoo.END)[0]

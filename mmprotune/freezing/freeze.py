@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from mmprotune.errors import DoesNotFit
+from mmprotune.errors import DoesNotFit, OptionError
 
 
 def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -50,14 +50,14 @@ def freeze(module: nn.Module,
         try:
             compiled = re.compile(pattern)
         except (re.error, TypeError) as error:
-            raise ValueError(f'{key}: {pattern!r} is not a regular expression: {error}') from None
+            raise OptionError(f'{key}: {pattern!r} is not a regular expression: {error}') from None
         matched = [name for name in names if compiled.fullmatch(name)]
         if not matched:
-            raise ValueError(f'{key}: {pattern!r} matches no parameter; '
-                             f'the names begin with {", ".join(names[:3])}, …')
+            raise OptionError(f'{key}: {pattern!r} matches no parameter; '
+                              f'the names begin with {", ".join(names[:3])}, …')
         if fixed.issuperset(matched):
-            raise ValueError(f'{key}: {pattern!r} matches only parameters that the backbone itself '
-                             f'keeps from training (requires_grad=False): {matched[0]}, …')
+            raise OptionError(f'{key}: {pattern!r} matches only parameters that the backbone '
+                              f'itself keeps from training (requires_grad=False): {matched[0]}, …')
         keep.update(name for name in matched if name not in fixed)
     frozen = set()
     # Every name of a tensor that modules share: the state dict has it under each.

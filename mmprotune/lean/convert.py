@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from mmprotune.errors import OptionError
+
 from .dry_run import DryRun
 from .graph import LeanState
 from .int8 import dequantize, quantize
@@ -155,8 +157,8 @@ def store_weights(module: nn.Module,
         elif isinstance(layer, STOCK_STORES_WEIGHTS):
             kept.append(path)
     if ran and dry_run() is None:
-        raise ValueError(f'{key}={dtype!r} does not work with {type(module).__name__}: '
-                         f'{dry_run.error}')
+        raise OptionError(f'{key}={dtype!r} does not work with {type(module).__name__}: '
+                          f'{dry_run.error}')
     return kept
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
-from mmprotune.errors import listed
+from mmprotune.errors import OptionError, OptionTypeError, listed
 
 
 @dataclass
@@ -52,29 +52,29 @@ class LeanOptions:
         if isinstance(value, bool):
             return cls() if value else None
         if not isinstance(value, Mapping):
-            raise TypeError(f'{key} must be True, False or a dict, got {value!r}')
+            raise OptionTypeError(f'{key} must be True, False or a dict, got {value!r}')
         value = dict(value)
         rounds = 'fold' if 'fold' in value else 'rounds'
         if rounds == 'fold' and value.setdefault('rounds', value['fold']) != value.pop('fold'):
-            raise ValueError(f'{key}.fold is the former name of {key}.rounds, but they differ: '
-                             f'remove {key}.fold')
+            raise OptionError(f'{key}.fold is the former name of {key}.rounds, but they differ: '
+                              f'remove {key}.fold')
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(value) - set(known))
         if unknown:
-            raise ValueError(f'{key} has no option {unknown[0]!r}: expected {", ".join(known)}')
+            raise OptionError(f'{key} has no option {unknown[0]!r}: expected {", ".join(known)}')
         options = cls(**value)
         if not isinstance(options.rounds, bool):
-            raise TypeError(f'{key}.{rounds} must be True or False, got {options.rounds!r}')
+            raise OptionTypeError(f'{key}.{rounds} must be True or False, got {options.rounds!r}')
         if not isinstance(options.recompute, (bool, int, float)):
-            raise TypeError(f'{key}.recompute must be a number, True or False, '
-                            f'got {options.recompute!r}')
+            raise OptionTypeError(f'{key}.recompute must be a number, True or False, '
+                                  f'got {options.recompute!r}')
         if options.recompute < 0:
-            raise ValueError(f'{key}.recompute must not be negative, got {options.recompute}')
+            raise OptionError(f'{key}.recompute must not be negative, got {options.recompute}')
         for name, choices in (('attention', ('exact', 'sdpa', False)),
                               ('prompts', ('output', 'bottleneck', 'input', False))):
             chosen = getattr(options, name)
             if chosen is True or chosen not in choices:
-                raise ValueError(f'{key}.{name} must be one of {choices}, got {chosen!r}')
+                raise OptionError(f'{key}.{name} must be one of {choices}, got {chosen!r}')
         return options
 
     @property

@@ -11,7 +11,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmprotune.errors import MMProtuneError
+from mmprotune.errors import MMProtuneError, OptionError, OptionTypeError
 from mmprotune.lean.graph import is_recorded
 
 from . import calls
@@ -32,32 +32,32 @@ def check_compile(value: bool | Mapping) -> None:
     if isinstance(value, bool):
         return
     if not isinstance(value, Mapping):
-        raise TypeError(f'compile must be True, False or a dict, got {value!r}')
+        raise OptionTypeError(f'compile must be True, False or a dict, got {value!r}')
     unknown = sorted(map(str, set(value) - set(_OPTIONS)))
     if unknown:
-        raise ValueError(f'compile has no option {unknown[0]!r}: expected {", ".join(_OPTIONS)}')
+        raise OptionError(f'compile has no option {unknown[0]!r}: expected {", ".join(_OPTIONS)}')
     for name, kinds, expected in (
             ('dynamic', (bool, type(None)), 'True, False or None'),
             ('fullgraph', bool, 'True or False'),
             ('mode', (str, type(None)), 'the name of a mode of torch.compile, or None'),
             ('options', (Mapping, type(None)), 'a dict of options of the backend, or None')):
         if name in value and not isinstance(value[name], kinds):
-            raise TypeError(f'compile.{name} must be {expected}, got {value[name]!r}')
+            raise OptionTypeError(f'compile.{name} must be {expected}, got {value[name]!r}')
     backend = value.get('backend', 'inductor')
     if not isinstance(backend, str) and not callable(backend):
-        raise TypeError(f'compile.backend must be the name of a backend of torch.compile, or a '
-                        f'callable, got {backend!r}')
+        raise OptionTypeError(f'compile.backend must be the name of a backend of torch.compile, or '
+                              f'a callable, got {backend!r}')
     if value.get('mode') is not None and value.get('options') is not None:
-        raise ValueError(f'compile.mode={value["mode"]!r} and compile.options exclude each other')
+        raise OptionError(f'compile.mode={value["mode"]!r} and compile.options exclude each other')
     budget = value.get('activation_memory_budget', 1)
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        raise TypeError(f'compile.activation_memory_budget must be a number, got {budget!r}')
+        raise OptionTypeError(f'compile.activation_memory_budget must be a number, got {budget!r}')
     if not 0 <= budget <= 1:
-        raise ValueError('compile.activation_memory_budget is a share of what would be kept: '
-                         f'expected 0 to 1, got {budget}')
+        raise OptionError('compile.activation_memory_budget is a share of what would be kept: '
+                          f'expected 0 to 1, got {budget}')
     if budget != 1 and _partitioner(activation_memory_budget=1.) is None:
-        raise ValueError(f'compile.activation_memory_budget={budget} needs a newer PyTorch than '
-                         f'{torch.__version__}, which has no such setting')
+        raise OptionError(f'compile.activation_memory_budget={budget} needs a newer PyTorch than '
+                          f'{torch.__version__}, which has no such setting')
     given = {name: value[name] for name in ('backend', 'mode', 'options')
              if value.get(name) is not None}
     if given:
@@ -65,7 +65,7 @@ def check_compile(value: bool | Mapping) -> None:
             torch.compile(_network, **given)  # looks at these, and compiles nothing yet
         except Exception as error:
             keys = ', '.join(f'compile.{name}={v!r}' for name, v in given.items())
-            raise ValueError(
+            raise OptionError(
                 f'{keys}: torch.compile refuses that: {_first_lines(error)}') from error
 
 

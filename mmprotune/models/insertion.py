@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mmprotune.errors import listed
+from mmprotune.errors import OptionError, OptionTypeError, listed
 
 from .branches import find_branches
 from .layout import Layout
@@ -156,10 +156,10 @@ def _by_hand(backbone: nn.Module, stages: str | Sequence[str], insert: str) -> l
             raise StageError(f"stages must be 'auto' or a list of module paths, got {stages!r}")
         return None
     if not isinstance(stages, Sequence) or not all(isinstance(s, str) for s in stages):
-        raise TypeError(f"stages must be 'auto' or a list of module paths, got {stages!r}")
+        raise OptionTypeError(f"stages must be 'auto' or a list of module paths, got {stages!r}")
     if insert not in ('stages', 'auto'):
-        raise ValueError(f'stages names the places by hand, so insert={insert!r} has no meaning; '
-                         'leave one of the two out')
+        raise OptionError(f'stages names the places by hand, so insert={insert!r} has no meaning; '
+                          'leave one of the two out')
     if not stages:
         raise StageError('stages is an empty list; prompt=None is the way to have no prompts')
     known = [path for path, _ in backbone.named_modules() if path]

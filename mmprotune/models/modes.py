@@ -12,6 +12,7 @@ from types import CodeType
 import torch
 from torch import nn
 
+from mmprotune.errors import OptionError
 from mmprotune.lean.dry_run import image_shapes, noise, tensors_in, undisturbed
 
 from . import calls
@@ -77,9 +78,9 @@ def drop_paths(backbone: nn.Module) -> frozenset[str]:
         if type(module).__name__.endswith(DROP_PATHS) and
         getattr(module, 'drop_prob', getattr(module, 'p', None)) != 0)
     if not found:
-        raise ValueError(f'drop_path=True, but {type(backbone).__name__} has no drop path, or all '
-                         'of it at a rate of 0; model.backbone.backbone.drop_path_rate sets it in '
-                         'most backbones that have it')
+        raise OptionError(f'drop_path=True, but {type(backbone).__name__} has no drop path, or all '
+                          'of it at a rate of 0; model.backbone.backbone.drop_path_rate sets it in '
+                          'most backbones that have it')
     return found
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from mmprotune.errors import OptionError, OptionTypeError
 from mmprotune.lean.convert import STORAGE_DTYPES
 from mmprotune.lean.options import LeanOptions
 
@@ -18,20 +19,20 @@ def check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dt
                                 ('insert', insert, tuple(INSERT)),
                                 ('backbone_dtype', backbone_dtype, (None, *STORAGE_DTYPES))):
         if value not in choices:
-            raise ValueError(f'{key} must be one of {choices}, got {value!r}')
+            raise OptionError(f'{key} must be one of {choices}, got {value!r}')
     if insert != 'stages' and last_stage != 'residual':
-        raise ValueError(f'last_stage={last_stage!r} is for prompts at stage ends, got '
-                         f'insert={insert!r}')
+        raise OptionError(f'last_stage={last_stage!r} is for prompts at stage ends, got '
+                          f'insert={insert!r}')
     if LeanOptions.parse(lean) is None and backbone_dtype is not None:
-        raise ValueError(f'backbone_dtype={backbone_dtype!r} needs lean layers, but lean=False')
+        raise OptionError(f'backbone_dtype={backbone_dtype!r} needs lean layers, but lean=False')
     if not isinstance(drop_path, bool):
-        raise TypeError(f"drop_path must be True or False (the rate is the backbone's own key "
-                        f'drop_path_rate), got {drop_path!r}')
+        raise OptionTypeError(f"drop_path must be True or False (the rate is the backbone's own "
+                              f'key drop_path_rate), got {drop_path!r}')
     if isinstance(trainable, str) or not all(isinstance(t, str) for t in trainable):
-        raise TypeError(f'trainable must be a list of regular expressions, got {trainable!r}')
+        raise OptionTypeError(f'trainable must be a list of regular expressions, got {trainable!r}')
     if prompt is not None and (not isinstance(prompt, dict) or 'type' not in prompt):
-        raise TypeError(f'prompt must be None or a dict with the key "type", got {prompt!r}')
+        raise OptionTypeError(f'prompt must be None or a dict with the key "type", got {prompt!r}')
     if not isinstance(backbone, nn.Module) and (
             not isinstance(backbone, dict) or 'type' not in backbone):
-        raise TypeError('backbone must be a dict with the key "type", or an nn.Module, '
-                        f'got {backbone!r}')
+        raise OptionTypeError('backbone must be a dict with the key "type", or an nn.Module, '
+                              f'got {backbone!r}')

@@ -13,7 +13,7 @@ from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from torch import Tensor, nn
 
 from mmprotune.config_nodes import FILE_KEYS, dicts_in, file_inside, file_of
-from mmprotune.errors import PretrainedFileError
+from mmprotune.errors import OptionError, PretrainedFileError
 from mmprotune.freezing import FillRecorder, adopt, freeze
 from mmprotune.registry import MODELS
 
@@ -80,7 +80,7 @@ def build_backbone(cfg: ConfigDict,
         ValueError: ``init_cfg`` is of another type.
     """
     if init_cfg is not None and file_of(init_cfg) is None:
-        raise ValueError(f"init_cfg must be of type 'Pretrained' or None, got {init_cfg!r}")
+        raise OptionError(f"init_cfg must be of type 'Pretrained' or None, got {init_cfg!r}")
     # Wrappers of backbones have it further inside.
     has_file = file_inside(cfg) is not None
     if not has_file and pretrained is not None:
@@ -133,8 +133,8 @@ def given_backbone(module: nn.Module,
     for key, value in (('pretrained', pretrained), ('init_cfg', init_cfg),
                        ('frozen_from', frozen_from)):
         if value is not None:
-            raise ValueError(f'{key} must be None where backbone is a module, whose weights stay '
-                             f'as they are, got {value!r}; load it into the module before')
+            raise OptionError(f'{key} must be None where backbone is a module, whose weights stay '
+                              f'as they are, got {value!r}; load it into the module before')
     _leave_freezing_to_us(module)
     filled = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     filled.update(name for name, _ in module.named_buffers(remove_duplicate=False))

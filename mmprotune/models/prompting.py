@@ -9,6 +9,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmprotune.errors import OptionError
 from mmprotune.lean.prompts import add_prompt, prompt_of
 from mmprotune.registry import MODELS
 
@@ -40,10 +41,10 @@ def add_prompts(owner: nn.Module, prompt: dict, stages: str | Sequence[str], ste
         print_log(remark, logger='current', level=logging.WARNING)
     last = found[-1].path
     if owner.last_stage == 'serial' and remarks.is_last_unread:
-        raise ValueError("last_stage='serial' passes on the last prompt alone, but no output "
-                         f'of {type(owner.backbone).__name__} depends on it ({remarks[-1]}); '
-                         'let the backbone return feature maps (backbone.out_type, say), or '
-                         "use last_stage='residual'")
+        raise OptionError("last_stage='serial' passes on the last prompt alone, but no output "
+                          f'of {type(owner.backbone).__name__} depends on it ({remarks[-1]}); '
+                          'let the backbone return feature maps (backbone.out_type, say), or '
+                          "use last_stage='residual'")
     if owner.last_stage == 'none' and not remarks.is_last_unread:
         found = [stage for stage in found if stage.path != last]
     modules = dict(owner.backbone.named_modules())
@@ -52,22 +53,22 @@ def add_prompts(owner: nn.Module, prompt: dict, stages: str | Sequence[str], ste
         serial = owner.last_stage == 'serial' and stage.path == last
         if serial:
             if cfg.get('zero_init') or cfg.get('scale') == 0:
-                raise ValueError("last_stage='serial' passes on the last prompt alone: "
-                                 'prompt.zero_init=True or prompt.scale=0 would kill the '
-                                 'features; leave both unset')
+                raise OptionError("last_stage='serial' passes on the last prompt alone: "
+                                  'prompt.zero_init=True or prompt.scale=0 would kill the '
+                                  'features; leave both unset')
             cfg['zero_init'] = False
         block = MODELS.build(cfg)
         if serial and not getattr(block, 'stands_alone', True):
-            raise ValueError("last_stage='serial' passes on the last prompt alone, but that of "
-                             f'{type(block).__name__} is only a change of the feature; use '
-                             "last_stage='residual' or another prompt.type")
+            raise OptionError("last_stage='serial' passes on the last prompt alone, but that of "
+                              f'{type(block).__name__} is only a change of the feature; use '
+                              "last_stage='residual' or another prompt.type")
         owner.prompts[stage.name] = block
         owner.stages.append(stage)
         owner._handles.append(
             modules[stage.path].register_forward_hook(Tap(owner, stage), with_kwargs=True))
     if not owner.stages:
-        raise ValueError(f'no prompt is left: {last} is the only stage and '
-                         f'last_stage={owner.last_stage!r}; prompt=None is the way to have none')
+        raise OptionError(f'no prompt is left: {last} is the only stage and '
+                          f'last_stage={owner.last_stage!r}; prompt=None is the way to have none')
     return trace
 
 
@@ -79,7 +80,7 @@ def apply_prompt(owner: nn.Module, stage: Stage, x: Tensor, args: tuple,
     call = calls.current(owner)
     channels = x.size(1 if stage.layout.kind == 'NCHW' else -1)
     if channels != stage.channels:
-        raise ValueError(
+        raise OptionError(
             f'{type(owner.backbone).__name__}.{stage.path}: its feature had {stage.channels} '
             f'channels when the stages were found and has {channels} in this call, which makes '
             'another way through the backbone (given a mask, say); name modules that return '

@@ -21,6 +21,7 @@ from mmprotune.errors import (
     FrozenTensorsChanged,
     LaunchError,
 )
+from tests.conftest import RESNET18, build
 
 
 @pytest.fixture
@@ -195,6 +196,25 @@ def test_errors_without_traceback(monkeypatch, capsys, kind):
     monkeypatch.setenv('MMPROTUNE_DEBUG', '1')
     with pytest.raises(kind, match='what is wrong'):
         cli.run_tool(main)
+
+
+@pytest.mark.parametrize('options, key', [
+    (dict(backbone_dtype='int4'), 'backbone_dtype must be one of'),
+    (dict(backbone_dtype='int8', lean=False), 'lean=False'),
+    (dict(insert='nowhere'), 'insert must be one of'),
+    (dict(stages=3), 'stages must be'),
+    (dict(lean=dict(recompute=-1)), 'lean.recompute'),
+    (dict(compile=3), 'compile must be'),
+    (dict(trainable=['nothing']), "trainable: 'nothing'"),
+    (dict(drop_path=True), 'drop_path=True'),
+    (dict(prompt=dict(type='mmprotune.PromptBlock', kernel_size=4)), 'prompt.kernel_size'),
+    (dict(prompt='PromptBlock'), 'prompt must be None or a dict')])
+def test_a_wrong_option_of_a_backbone_is_one_line(options, key, capsys, monkeypatch):
+    monkeypatch.delenv('MMPROTUNE_DEBUG', raising=False)
+    cfg = dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, freeze='all', **options)
+    assert cli.run_tool(lambda: build(cfg)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and ': error: ' in lines[0] and key in lines[0]
 
 
 def test_downloads_that_fail(monkeypatch, capsys, tmp_path):

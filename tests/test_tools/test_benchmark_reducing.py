@@ -1,17 +1,13 @@
 """What processes exchange: counted, timed, and worked out for more of them."""
-import importlib.util
 import json
-import sys
 
 import pytest
 
-from tests.test_tools.conftest import REPO
+from mmprotune.errors import LaunchError
 
-spec = importlib.util.spec_from_file_location(
-    'benchmark_reducing', REPO / 'tools/analysis_tools/benchmark_reducing.py')
-benchmark = importlib.util.module_from_spec(spec)
-sys.modules['benchmark_reducing'] = benchmark
-spec.loader.exec_module(benchmark)
+from .conftest import REPO, load_tool
+
+benchmark = load_tool('analysis_tools/benchmark_reducing.py')
 
 CONFIG = str(REPO / 'configs/linear_r18_full_cifar10.py')
 
@@ -55,3 +51,11 @@ def test_bad_numbers(option, capsys):
     with pytest.raises(SystemExit):
         benchmark.parse_args([CONFIG, *option])
     assert f'{option[0]} must be at least' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('method, message', [
+    ('nosuch', "no method 'nosuch'; known are adaptformer"),
+    ('lora', 'none fits: lora: adapts linear layers')])
+def test_methods_that_there_are_none_of(method, message):
+    with pytest.raises(LaunchError, match=message):
+        benchmark.main([CONFIG, '--methods', method, '--size', '32'])

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mmprotune.errors import DataError, LaunchError
+
 from .conftest import load_tool
 
 tool = load_tool('analysis_tools/benchmark_trunk.py')
@@ -50,3 +52,14 @@ def test_configs_survive_the_checkpoint(kind):
     found = parse_config(cfg.pretty_text)
     assert found.to_dict() == cfg.to_dict()
     assert found.model.backbone.prompt is None
+
+
+def test_files_are_looked_for_first(tmp_path):
+    import cv2
+    import numpy as np
+    picture = str(tmp_path / 'a.png')
+    cv2.imwrite(picture, np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(LaunchError, match="--weights: no file 'no.pth'"):
+        tool.main([picture, '--weights', 'no.pth'])
+    with pytest.raises(DataError, match='no.jpg'):
+        tool.main(['no.jpg', '--weights', picture])

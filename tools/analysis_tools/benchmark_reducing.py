@@ -220,6 +220,8 @@ def measure(args: argparse.Namespace) -> dict:
     Returns:
         dict: ``methods``: figures by method; ``refused``: why a method does not fit.
     """
+    for name in args.methods:
+        read_method(name, METHODS)
     cfg = cli.load_config(args.config)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
@@ -273,9 +275,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     MMLogger.get_current_instance().setLevel(logging.WARNING)
     result = measure(args)
+    if not result['methods']:
+        raise LaunchError(f'--methods: none fits: {"; ".join(result["refused"].values())}')
     for why in result['refused'].values():
         print(f'left out: {why}')
-    print(f'{args.config}, {args.processes} processes of {args.batch_size} images')
+    print(f'{args.config}, {args.processes} process{"es" * (args.processes > 1)}, '
+          f'{args.batch_size} images each')
     print(table(result['methods']))
     if args.json:
         about = dict(config=args.config, torch=torch.__version__, python=platform.python_version(),

@@ -32,6 +32,7 @@ import mmprotune
 from mmprotune import checkpoint
 from mmprotune.checkpoints.convert import build_model
 from mmprotune.engine import cli
+from mmprotune.engine.inference import check_image
 
 KINDS = ('detector', 'segmentor', 'classifier')
 SCOPES = dict(detector='mmdet', segmentor='mmseg', classifier='mmpretrain')
@@ -253,6 +254,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(measure(args)))
         return
     MMLogger.get_current_instance().setLevel(logging.ERROR)
+    for image in args.images:
+        check_image(image)
+    cli.check_checkpoint_path('--weights', args.weights)
     argv = list(sys.argv[1:] if argv is None else argv)
     with tempfile.TemporaryDirectory() as folder:
         files = [write_task(Path(folder) / f'{i}.pth', KINDS[i % 3], args, i)

@@ -11,7 +11,7 @@ from torch import nn
 
 from mmprotune.checkpoints.slim import prompted_parts
 from mmprotune.engine.processes import unwrapped
-from mmprotune.errors import FrozenTensorsChanged, RanksDisagree, listed
+from mmprotune.errors import FrozenTensorsChanged, OptionError, RanksDisagree, listed
 from mmprotune.freezing import FrozenSnapshot, audit
 from mmprotune.registry import HOOKS
 from mmprotune.version import __version__
@@ -49,7 +49,7 @@ class FreezeGuardHook(Hook):
 
     def __init__(self, check_after: int = 2) -> None:
         if not isinstance(check_after, int) or check_after < 1:
-            raise ValueError(f'check_after must be a positive int, got {check_after!r}')
+            raise OptionError(f'check_after must be a positive int, got {check_after!r}')
         self.check_after = check_after
         self._snapshot: FrozenSnapshot | None = None
         self._done = 0

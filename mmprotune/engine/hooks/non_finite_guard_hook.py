@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mmprotune.checkpoints.slim import prompted_parts
 from mmprotune.engine.processes import unwrapped
-from mmprotune.errors import NonFiniteError
+from mmprotune.errors import NonFiniteError, OptionError
 from mmprotune.registry import HOOKS
 
 COUNT = 'mmprotune_nonfinite_steps'
@@ -50,9 +50,9 @@ class NonFiniteGuardHook(Hook):
 
     def __init__(self, action: str = 'stop', max_consecutive: int = 10) -> None:
         if action not in ('stop', 'skip'):
-            raise ValueError(f"action must be 'stop' or 'skip', got {action!r}")
+            raise OptionError(f"action must be 'stop' or 'skip', got {action!r}")
         if not isinstance(max_consecutive, int) or max_consecutive < 1:
-            raise ValueError(f'max_consecutive must be a positive int, got {max_consecutive!r}')
+            raise OptionError(f'max_consecutive must be a positive int, got {max_consecutive!r}')
         self.action = action
         self.max_consecutive = max_consecutive
         self.skipped = 0

@@ -7,6 +7,7 @@ from mmengine.hooks import Hook
 
 from mmprotune.checkpoints.slim import prompted_parts
 from mmprotune.engine.processes import unwrapped
+from mmprotune.errors import OptionError
 from mmprotune.registry import HOOKS
 from mmprotune.visualization import as_images, draw_prompt_maps
 
@@ -24,7 +25,7 @@ class PromptMapHook(Hook):
 
     def __init__(self, images: int = 4) -> None:
         if not isinstance(images, int) or images < 1:
-            raise ValueError(f'images must be a positive int, got {images!r}')
+            raise OptionError(f'images must be a positive int, got {images!r}')
         self.images = images
         self._open = contextlib.ExitStack()
         self._recorded: list[tuple[str, dict]] = []

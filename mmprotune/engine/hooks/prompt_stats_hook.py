@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from mmprotune.checkpoints.slim import prompt_parameters, prompted_parts
 from mmprotune.config_nodes import dicts_in, type_name
 from mmprotune.engine.processes import unwrapped
+from mmprotune.errors import OptionError
 from mmprotune.registry import HOOKS
 
 
@@ -41,7 +42,7 @@ class PromptStatsHook(Hook):
 
     def __init__(self, interval: int = 50) -> None:
         if not isinstance(interval, int) or interval < 1:
-            raise ValueError(f'interval must be a positive int, got {interval!r}')
+            raise OptionError(f'interval must be a positive int, got {interval!r}')
         self.interval = interval
         self._parts: list[tuple[str, nn.Module]] = []
         self._open = contextlib.ExitStack()

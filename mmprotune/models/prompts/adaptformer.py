@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from mmprotune.errors import OptionError
 from mmprotune.registry import MODELS
 
 from .base import BasePrompt, check_count, check_dropout, check_number
@@ -50,7 +51,7 @@ class AdaptFormerPrompt(BasePrompt):
         check_dropout(dropout)
         check_number('factor', factor)
         if factor == 0:
-            raise ValueError('prompt.factor=0: the prompt would be zero for ever')
+            raise OptionError('prompt.factor=0: the prompt would be zero for ever')
         self.channels = channels
         self.factor = factor
         self.zero_init = zero_init

@@ -5,6 +5,8 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import Tensor, nn
 
+from mmprotune.errors import OptionError, OptionTypeError
+
 
 class BasePrompt(BaseModule):
     """Computes the prompt of one feature map; whoever calls adds it to the map.
@@ -92,29 +94,29 @@ def check_count(key: str, value: int) -> None:
         TypeError, ValueError: It is none.
     """
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f'prompt.{key} must be an int, got {value!r}')
+        raise OptionTypeError(f'prompt.{key} must be an int, got {value!r}')
     if value < 1:
-        raise ValueError(f'prompt.{key} must be at least 1, got {value}')
+        raise OptionError(f'prompt.{key} must be at least 1, got {value}')
 
 
 def check_number(key: str, value: float) -> None:
     """Refuses what is no number, with a TypeError; arguments as :func:`check_count`."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f'prompt.{key} must be a number, got {value!r}')
+        raise OptionTypeError(f'prompt.{key} must be a number, got {value!r}')
 
 
 def check_kernel_size(kernel_size: int) -> None:
     """Refuses all but odd positive ints, with a TypeError or ValueError."""
     check_count('kernel_size', kernel_size)
     if kernel_size % 2 == 0:
-        raise ValueError(f'prompt.kernel_size must be odd, got {kernel_size}')
+        raise OptionError(f'prompt.kernel_size must be odd, got {kernel_size}')
 
 
 def check_dropout(dropout: float) -> None:
     """Refuses what is no share of elements to drop, with a TypeError or ValueError."""
     check_number('dropout', dropout)
     if not 0 <= dropout < 1:
-        raise ValueError(f'prompt.dropout must be at least 0 and less than 1, got {dropout}')
+        raise OptionError(f'prompt.dropout must be at least 0 and less than 1, got {dropout}')
 
 
 def hidden_of(channels: int, reduction: float) -> int:
@@ -131,8 +133,8 @@ def hidden_of(channels: int, reduction: float) -> int:
     check_number('reduction', reduction)
     hidden = int(channels // reduction) if reduction > 0 else 0
     if hidden < 1:
-        raise ValueError(f'prompt.reduction={reduction} leaves no hidden channels: '
-                         f'expected 0 < reduction <= channels={channels}')
+        raise OptionError(f'prompt.reduction={reduction} leaves no hidden channels: '
+                          f'expected 0 < reduction <= channels={channels}')
     return hidden
 
 
@@ -150,14 +152,14 @@ _ALIASES = {
 def _layer_type(key: str, cfg: dict) -> tuple[type, dict]:
     """The class named by ``cfg['type']`` (MMEngine's registry, then ``torch.nn``), and the rest."""
     if not isinstance(cfg, dict) or 'type' not in cfg:
-        raise TypeError(f'prompt.{key} must be a dict with the key "type", got {cfg!r}')
+        raise OptionTypeError(f'prompt.{key} must be a dict with the key "type", got {cfg!r}')
     cfg = dict(cfg)
     name = cfg.pop('type')
     if isinstance(name, type):
         return name, cfg
     cls = ROOT_MODELS.module_dict.get(name) or getattr(nn, _ALIASES.get(name, name), None)
     if cls is None:
-        raise ValueError(f'prompt.{key}.type={name!r} is neither registered nor in torch.nn')
+        raise OptionError(f'prompt.{key}.type={name!r} is neither registered nor in torch.nn')
     return cls, cfg
 
 
@@ -175,7 +177,7 @@ def build_norm(cfg: dict | None, channels: int) -> nn.Module:
         return nn.Identity()
     cls, kwargs = _layer_type('norm_cfg', cfg)
     if not kwargs.pop('requires_grad', True):
-        raise ValueError('prompt.norm_cfg.requires_grad=False: prompts always train')
+        raise OptionError('prompt.norm_cfg.requires_grad=False: prompts always train')
     if issubclass(cls, nn.GroupNorm):
         return cls(num_channels=channels, **kwargs)
     return cls(channels, **kwargs)

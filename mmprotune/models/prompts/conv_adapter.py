@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmprotune.errors import OptionError
 from mmprotune.registry import MODELS
 
 from .base import BasePrompt, build_act, check_kernel_size, check_number, hidden_of
@@ -55,13 +56,14 @@ class ConvAdapterPrompt(BasePrompt):
         super().__init__(init_cfg=init_cfg)
         hidden = hidden_of(channels, reduction)
         if channels % hidden:
-            raise ValueError(f'prompt.reduction={reduction} leaves {hidden} hidden channels, which '
-                             f'have to divide channels={channels}: each reads channels of its own')
+            raise OptionError(f'prompt.reduction={reduction} leaves {hidden} hidden channels, '
+                              f'which have to divide channels={channels}: each reads channels of '
+                              'its own')
         check_kernel_size(kernel_size)
         check_number('scale', scale)
         if scale == 0 and zero_init:
-            raise ValueError('prompt.scale=0 with prompt.zero_init=True: neither would ever get a '
-                             'gradient; set prompt.zero_init=False or another prompt.scale')
+            raise OptionError('prompt.scale=0 with prompt.zero_init=True: neither would ever get a '
+                              'gradient; set prompt.zero_init=False or another prompt.scale')
         self.channels = channels
         self.zero_init = zero_init
         self.scale_init = scale

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmprotune.errors import OptionError
 from mmprotune.registry import MODELS
 
 from .base import (
@@ -73,13 +74,13 @@ class PromptBlock(BasePrompt):
         hidden = hidden_of(channels, reduction)
         groups = hidden if groups is None else groups
         if not isinstance(groups, int) or groups < 1 or hidden % groups:
-            raise ValueError(f'prompt.groups must divide the {hidden} hidden channels '
-                             f'(channels={channels}, reduction={reduction}), got {groups!r}')
+            raise OptionError(f'prompt.groups must divide the {hidden} hidden channels '
+                              f'(channels={channels}, reduction={reduction}), got {groups!r}')
         if scale is not None:
             check_number('scale', scale)
         if scale == 0 and zero_init:
-            raise ValueError('prompt.scale=0 with prompt.zero_init=True: neither would ever get a '
-                             'gradient; set prompt.zero_init=False or another prompt.scale')
+            raise OptionError('prompt.scale=0 with prompt.zero_init=True: neither would ever get a '
+                              'gradient; set prompt.zero_init=False or another prompt.scale')
 
         self.channels = channels
         self.zero_init = zero_init
