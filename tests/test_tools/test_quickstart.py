@@ -283,7 +283,7 @@ def test_whole_quickstart(tmp_path):
     assert int(last[3]) < (tmp_path / 'resnet18_drawn.pth').stat().st_size
     state = torch.load(checkpoint, weights_only=True)['state_dict']
     weights = sum(v.numel() for k, v in state.items() if 'running_' not in k
-                  and 'num_batches' not in k and 'fingerprint' not in k)
+                  and 'num_batches' not in k and '.frozen_' not in k)
     assert int(last[2]) == weights
     picture = cv2.imread(str(tmp_path / 'predictions.png'))
     assert picture.shape[0] > picture.shape[1] > 1000
