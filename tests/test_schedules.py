@@ -45,6 +45,8 @@ RECIPES = {
 # Images that all processes together take in one step, where it is not 16.
 BATCHES = {'rtmdet_*': 256, '*_pennfudan': 4, '*_camvid': 4, '*_shapes': 8, '*_cifar10': 64,
            'linear_*_cifar10': 32}
+# The rate of prompts, of the head's, where a config has one of its own.
+RATES = {'*_r18_protune_shapes': 7}
 EPOCH, SHORT = 50, 157  # iterations of an epoch; where there are few of them
 all_configs = pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 
@@ -118,6 +120,7 @@ def walk(cfg, groups: list[dict]) -> list[list[float]]:
 def test_rates_and_decay(path):
     cfg = copy.deepcopy(parsed(path))
     peak, start, end, exempt = recipe(path.stem, RECIPES)
+    faster = recipe(path.stem, RATES) or PROMPT_MULTIPLIERS['lr_mult']
     set_prompt_rates(cfg)
     model = stand_in(cfg)
     by_name = settings(cfg, model)
@@ -130,7 +133,7 @@ def test_rates_and_decay(path):
     assert heads
     for name in prompts | heads:
         rates = history[id(by_name[name])]
-        times = PROMPT_MULTIPLIERS['lr_mult'] if name in prompts else 1.
+        times = faster if name in prompts else 1.
         # Some decay from the first step on, while they warm up.
         assert max(rates) == pytest.approx(peak * times, rel=0.03), name
         assert rates[0] == pytest.approx(start * peak * times), name
