@@ -20,6 +20,12 @@ pytestmark = pytest.mark.gpu
 NETWORKS = ('resnet', 'swin', 'vit', 'convnext')
 
 
+@pytest.fixture(autouse=True)
+def whole_mantissas(monkeypatch):
+    """TF32, which PyTorch lets convolutions use, rounds to ten bits."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+
+
 @pytest.fixture(scope='module')
 def device():
     if torch.cuda.is_available():
@@ -51,8 +57,8 @@ def step(model, x, **autocast):
     model.zero_grad()
     with torch.autocast(x.device.type, **autocast):
         outputs = model(x)
-    generator = torch.Generator().manual_seed(1)
-    sum((y.to(x.dtype) * torch.randn(y.shape, generator=generator).to(x)).mean()
+    # Made where the features are: a copy to the device would wait for it.
+    sum((y.to(x.dtype) * torch.arange(y.numel(), device=x.device).sin().reshape(y.shape)).mean()
         for y in outputs).backward()
     return [y.detach() for y in outputs], [p.grad for p in model.parameters() if p.requires_grad]
 
@@ -165,6 +171,29 @@ def test_lean_takes_less_memory(name, device):
             kept.append(count.total())
         del outputs
     assert kept[0] < 0.9 * kept[1]
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_frozen_weights_in_bf16_are_not_copied_for_the_backward_pass(name, device):
+    kept, models = [], [prompted(SMALL[name], backbone_dtype=dtype).to(device)
+                        for dtype in ('bfloat16', None)]
+    for model in models:
+        with torch.autocast(device.type, torch.bfloat16), KeptBytes(model) as count:
+            outputs = model(images(device))
+            kept.append(count.total())
+        sum(y.float().square().mean() for y in outputs).backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert 0 < kept[0] <= kept[1]
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_frozen_weights_in_eight_bits(name, cuda):
+    model = prompted(SMALL[name], backbone_dtype='int8')
+    x = images('cpu')
+    expected, exact = step(model, x, enabled=False)
+    found, gradients = step(copy.deepcopy(model).to(cuda), x.to(cuda), enabled=False)
+    assert far([y.cpu() for y in found], expected) < 1e-4
+    assert far([g.cpu() for g in gradients], exact) < 1e-2
 
 
 def test_compiled(device):

@@ -3,7 +3,7 @@
 For each config, on the same noise images: the bytes that autograd keeps for the backward pass
 (counted by storage, parameters and buffers excluded) by stage, prompts, neck and head; peak memory;
 seconds of forward, backward and optimizer and of inference, the variants taking turns; bytes of
-optimizer state, and of gradients that processes would exchange.
+optimizer state, and of gradients that processes would exchange; on a GPU, kernels of a step.
 """
 from __future__ import annotations
 
@@ -418,6 +418,17 @@ def peak_allocated(variant: Variant) -> int | None:
     return int(np.cumsum(changes).max(initial=0))
 
 
+def kernels(variant: Variant) -> int | None:
+    """How many kernels one step starts on a GPU; None on a CPU."""
+    if variant.device.type != 'cuda':
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        variant.step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA and not
+               event.name.startswith(('Memcpy', 'Memset')) for event in profiler.events())
+
+
 def _resident(field: str) -> int:
     for line in Path('/proc/self/status').read_text().splitlines():
         if line.startswith(f'{field}:'):
@@ -461,7 +472,7 @@ def measure(config: str, args: argparse.Namespace) -> dict:
         state = variant.optimizer.state.values() if variant.trains else ()
         found[variant.name] = dict(
             kept=kept, kept_total=sum(kept.values()), peak=peak_memory(variant),
-            allocated=peak_allocated(variant),
+            allocated=peak_allocated(variant), kernels=kernels(variant),
             trainable=sum(p.numel() for p in variant.model.parameters() if p.requires_grad),
             optimizer_state=sum(t.nbytes for s in state for t in s.values()
                                 if isinstance(t, torch.Tensor)),
@@ -494,7 +505,7 @@ def table(result: dict) -> str:
     """The figures of one config as text, a line a variant."""
     found = result['variants']
     rows = [('', 'kept MiB', 'alloc MiB', 'peak MiB', 'step s', 'min-max', 'fwd', 'bwd', 'opt',
-             'infer s', 'state MiB', 'reduce MiB')]
+             'infer s', 'kernels', 'state MiB', 'reduce MiB')]
     for name, f in found.items():
         timed = 'step' in f
         rows.append((
@@ -503,6 +514,7 @@ def table(result: dict) -> str:
             f'{f["fastest"]:.2f}-{f["slowest"]:.2f}' if timed else '-',
             *(f'{f[key]:.3f}' if key in f else '-'
               for key in ('forward', 'backward', 'optimizer', 'inference')),
+            f'{f["kernels"]:,}' if f.get('kernels') else '-',
             _mib(f['optimizer_state']), _mib(f['gradients'])))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [result['config']]
@@ -516,7 +528,7 @@ def table(result: dict) -> str:
                 continue
             f = found[other]
             ratios = [(key, lean[key] / f[key]) for key in (
-                'kept_total', 'allocated', 'step', 'inference') if lean.get(key) and f.get(key)]
+                'kept_total', 'allocated', 'step', 'inference', 'kernels') if lean.get(key) and f.get(key)]
             lines.append(f'lean of {TITLES[other]}: ' + ', '.join(
                 f'{dict(kept_total="kept", allocated="alloc").get(key, key)} {ratio:.3f}'
                 for key, ratio in ratios))
