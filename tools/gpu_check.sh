@@ -2,10 +2,10 @@
 # Everything that only a GPU can show, in parts that take less than nine minutes each on a machine
 # with one: tests, then kept bytes, peak memory, step and inference times.
 #
-#   bash tools/gpu_check.sh [--out DIR] [--device cuda|cpu] [--part N]
+#   bash tools/gpu_check.sh [--out DIR] [--device cuda|cpu] [--part N[,N...]]
 #
 # A part that was finished is skipped, so that the command goes on where it was cut off; --part runs
-# one part anew. --device cpu runs the same commands on small images, to see that they run at all.
+# some parts anew, in the order given. --device cpu runs the same commands on small images, to see that they run at all.
 # Needs no network once set up: MMPROTUNE_ENV=current with torch, mmcv and the hosts installed.
 set -euo pipefail
 
@@ -14,7 +14,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
 out=work_dirs/gpu_check device=cuda only=
 usage() {
-    echo "usage: gpu_check.sh [--out DIR] [--device cuda|cpu] [--part N], N from 1 to ${#PARTS[@]}" >&2
+    echo "usage: gpu_check.sh [--out DIR] [--device cuda|cpu] [--part N[,N...]]," \
+        "N from 1 to ${#PARTS[@]}" >&2
     exit 2
 }
 
@@ -36,7 +37,7 @@ for model in "${MODELS[@]}"; do
         for amp in '' bfloat16; do PARTS+=("$model-$batch-${amp:-float32}"); done
     done
 done
-PARTS+=('ablation')
+PARTS+=('compiled-2-bfloat16' 'ablation')
 
 while (($#)); do
     case $1 in
@@ -48,7 +49,10 @@ while (($#)); do
     shift 2
 done
 [[ $device == cuda || $device == cpu ]] || usage
-[[ -z $only || $only =~ ^[0-9]+$ && $only -ge 1 && $only -le ${#PARTS[@]} ]] || usage
+[[ -z $only || $only =~ ^[0-9]+(,[0-9]+)*$ ]] || usage
+for part in ${only//,/ }; do
+    ((part >= 1 && part <= ${#PARTS[@]})) || usage
+done
 
 prepare_environment pytest hypothesis
 cd "$ROOT"
@@ -88,7 +92,10 @@ run_part() {
     esac
     amp=${name##*-} rest=${name%-*}
     batch=${rest##*-} rest=${rest%-*}
-    if [[ $rest == backbones ]]; then
+    if [[ $rest == compiled ]]; then
+        benchmark "$name" "$batch" "$amp" "${BACKBONES[@]/#/configs/}" --backbone-only \
+            --no-inference --variants naive lean compiled budget
+    elif [[ $rest == backbones ]]; then
         benchmark "$name" "$batch" "$amp" "${BACKBONES[@]/#/configs/}" --backbone-only \
             --variants full frozen naive lean lora "${HOSTS[@]}"
     else
@@ -99,20 +106,19 @@ run_part() {
 for i in "${!BACKBONES[@]}"; do BACKBONES[i]+=.py; done
 
 failed=()
-for i in "${!PARTS[@]}"; do
-    name=${PARTS[i]} done_file=$out/$((i + 1)).done
-    if [[ -n $only ]]; then
-        ((i + 1 == only)) || continue
-    elif [[ -e $done_file ]]; then
-        echo "part $((i + 1)) of ${#PARTS[@]}, $name: done before"
+parts=${only//,/ }
+for part in ${parts:-$(seq ${#PARTS[@]})}; do
+    name=${PARTS[part - 1]} done_file=$out/$part.done
+    if [[ -z $only && -e $done_file ]]; then
+        echo "part $part of ${#PARTS[@]}, $name: done before"
         continue
     fi
-    echo "part $((i + 1)) of ${#PARTS[@]}, $name"
+    echo "part $part of ${#PARTS[@]}, $name"
     if run_part "$name" >"$out/$name.log" 2>&1; then
         touch "$done_file"
         tail -n 1 "$out/$name.log"
     else
-        failed+=("$((i + 1)) ($name)")
+        failed+=("$part ($name)")
         tail -n 5 "$out/$name.log"
     fi
 done

@@ -166,7 +166,8 @@ def test_two_processes_of_slurm(project, run_command, fake_srun, tmp_path):
     assert checkpoint.read(tmp_path / 'run' / 'epoch_1.pth')['meta']['iter'] == 2
 
 
-@pytest.mark.parametrize('arguments', [['--part', '0'], ['--part', '99'], ['--part', 'all'],
+@pytest.mark.parametrize('arguments', [['--part', '0'], ['--part', '99'], ['--part', '1,99'],
+                                       ['--part', 'all'],
                                        ['--device', 'tpu'], ['--help', '1']], ids=' '.join)
 def test_gpu_check_says_how_it_is_called(arguments):
     done = subprocess.run(['bash', str(REPO / 'tools/gpu_check.sh'), *arguments],
@@ -178,9 +179,9 @@ def test_gpu_check_goes_on_where_it_was(tmp_path):
     """A part that is marked as done is not run again, and one that fails is told."""
     env = dict(os.environ, MMPROTUNE_ENV='current', PYTHON=sys.executable)
     call = ['bash', str(REPO / 'tools/gpu_check.sh'), '--device', 'cpu', '--out', str(tmp_path)]
-    for part in range(1, 22):
+    for part in range(1, 23):
         (tmp_path / f'{part}.done').touch()
     (tmp_path / 'ablation.json').mkdir()  # so that the last one cannot write its figures
     done = subprocess.run(call, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 1 and done.stdout.count('done before') == 21
-    assert 'failed: 22 (ablation)' in done.stderr and not (tmp_path / '22.done').exists()
+    assert done.returncode == 1 and done.stdout.count('done before') == 22
+    assert 'failed: 23 (ablation)' in done.stderr and not (tmp_path / '23.done').exists()
