@@ -528,7 +528,8 @@ def table(result: dict) -> str:
                 continue
             f = found[other]
             ratios = [(key, lean[key] / f[key]) for key in (
-                'kept_total', 'allocated', 'step', 'inference', 'kernels') if lean.get(key) and f.get(key)]
+                'kept_total', 'allocated', 'step', 'inference', 'kernels')
+                      if lean.get(key) and f.get(key)]
             lines.append(f'lean of {TITLES[other]}: ' + ', '.join(
                 f'{dict(kept_total="kept", allocated="alloc").get(key, key)} {ratio:.3f}'
                 for key, ratio in ratios))

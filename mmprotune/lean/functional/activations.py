@@ -61,7 +61,8 @@ def clamp(x: Tensor,
     Args:
         x (Tensor): Input of any shape.
         compute (Callable): The activation; takes the input and whether to work in place.
-        passes (Callable): From the output, a mask of where the derivative is ``gain``.
+        passes (Callable): From the output, a tensor that is not zero where the derivative is
+            ``gain``.
         slope (float): The derivative elsewhere, as a share of ``gain``. Defaults to 0.
         gain (float): The derivative. Defaults to 1.
         inplace (bool): Whether to overwrite ``x``. Defaults to False.
@@ -73,7 +74,7 @@ def clamp(x: Tensor,
 
 def relu(x: Tensor, inplace: bool = False) -> Tensor:
     """``F.relu``. Keeps one bit an element (PyTorch: the output)."""
-    return clamp(x, F.relu, Tensor.bool, inplace=inplace)
+    return clamp(x, F.relu, lambda y: y, inplace=inplace)
 
 
 def hardtanh(x: Tensor, low: float = -1., high: float = 1., inplace: bool = False) -> Tensor:
