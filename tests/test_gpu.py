@@ -143,7 +143,7 @@ def test_a_gradient_scaler_steps(name, cuda):
     before = [p.detach().clone() for p in model.prompts.parameters()]
     for seed in range(16):  # the first scales are too large, and their steps left out
         with torch.autocast('cuda', torch.float16):
-            loss = sum(y.float().square().mean() for y in model(images(cuda, seed)))
+            loss = sum(y.float().mean() for y in model(images(cuda, seed)))
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -251,6 +251,7 @@ def test_a_detector_with_compiled_operators_trains(device, resnet18_file):
 
 
 def _rank(rank, world, backend, folder):
+    torch.backends.cudnn.allow_tf32 = False
     distributed.init_process_group(
         backend, init_method=f'file://{folder}/store', rank=rank, world_size=world)
     place = torch.device('cuda', rank) if backend == 'nccl' else torch.device('cpu')

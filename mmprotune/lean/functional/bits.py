@@ -2,12 +2,11 @@
 from __future__ import annotations
 
 import functools
-import logging
+import warnings
 from types import ModuleType
 
 import numpy as np
 import torch
-from mmengine.logging import print_log
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,9 +23,8 @@ def _kernels() -> ModuleType | None:
         found = bits_triton.pack(torch.ones(3, dtype=torch.bool, device='cuda'))
         bits_triton.select(torch.ones(3, device='cuda'), found)
     except Exception as error:  # no compiler, a GPU that it does not know, …
-        print_log(f'Triton compiles no kernels here ({type(error).__name__}): masks are packed by '
-                  "PyTorch's operators, which takes longer", logger='current',
-                  level=logging.WARNING)
+        warnings.warn(f'Triton compiles no kernels here ({type(error).__name__}): masks are packed '
+                      "by PyTorch's operators, which takes longer", stacklevel=2)
         return None
     return bits_triton
 
