@@ -17,8 +17,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
+from .base import stand_in
 from .graph import FrozenLayerError, is_recorded
-from .layers import stand_in
 from .memory import CountedAs
 from .precision import Precision, without_autocast
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmprotune.lean.base import LeanLayer
 from mmprotune.lean.graph import LeanState
 from mmprotune.lean.int8 import weights_in
-from mmprotune.lean.layers import LeanLayer
 
 # What of a module's ``__dict__`` does not say what it computes in eval mode, without a graph.
 _IDLE = frozenset(nn.Module().__dict__) - {'training'} | {
