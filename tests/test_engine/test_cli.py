@@ -20,6 +20,7 @@ from mmprotune.errors import (
     FrozenTensorsChanged,
     LaunchError,
 )
+from mmprotune.registry import DATASETS, TRANSFORMS
 from tests.conftest import RESNET18, build
 
 
@@ -115,6 +116,19 @@ def test_a_wrong_option_of_a_backbone_is_one_line(options, key, capsys, monkeypa
     monkeypatch.delenv('MMPROTUNE_DEBUG', raising=False)
     cfg = dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, freeze='all', **options)
     assert cli.run_tool(lambda: build(cfg)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and ': error: ' in lines[0] and key in lines[0]
+
+
+@pytest.mark.parametrize('build_it, key', [
+    (lambda: TRANSFORMS.build(dict(type='mmprotune.Corrupt', corruption='fog', severity=0)),
+     'severity must be 1 to 5, got 0'),
+    (lambda: DATASETS.build(dict(type='mmprotune.LongTailedDataset', dataset=3)),
+     'dataset must be a dataset'),
+    (lambda: mmprotune.protune(Config()), 'expected a config with model.backbone')])
+def test_a_wrong_option_of_what_is_no_model_is_one_line(build_it, key, capsys, monkeypatch):
+    monkeypatch.delenv('MMPROTUNE_DEBUG', raising=False)
+    assert cli.run_tool(build_it) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and ': error: ' in lines[0] and key in lines[0]
 
