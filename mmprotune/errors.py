@@ -20,8 +20,8 @@ class LaunchError(MMProtuneError, ValueError):
 
 
 class OptionError(MMProtuneError, ValueError):
-    """An option of a backbone, a prompt, a hook, a data set or a transform has a value that it
-    cannot have, or that does not fit what it is used on."""
+    """An option of a backbone, a prompt, a hook, a data set, a transform, a metric or an attack
+    has a value that it cannot have, or that does not fit what it is used on."""
 
 
 class OptionTypeError(MMProtuneError, TypeError):
