@@ -20,11 +20,12 @@ class LaunchError(MMProtuneError, ValueError):
 
 
 class OptionError(MMProtuneError, ValueError):
-    """An option of a backbone, a prompt or a hook has a value that it cannot have."""
+    """An option of a backbone, a prompt, a hook, a data set, a transform, a metric or an attack
+    has a value that it cannot have, or that does not fit what it is used on."""
 
 
 class OptionTypeError(MMProtuneError, TypeError):
-    """An option of a backbone, a prompt or a hook is of the wrong type."""
+    """An option of a backbone, a prompt, a hook or a data set is of the wrong type."""
 
 
 class PretrainedFileError(MMProtuneError, ValueError):
@@ -105,7 +106,7 @@ class ExportError(MMProtuneError, RuntimeError):
 
 
 class DataError(MMProtuneError, ValueError):
-    """An image or annotation file is broken; the message names it."""
+    """A file of images or annotations is broken, or does not fit another; the message names it."""
 
 
 class NonFiniteError(MMProtuneError, RuntimeError):

@@ -5,7 +5,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mmprotune.engine import cli
+from mmprotune.engine import cli, training
 from mmprotune.engine.runner import build_runner
 
 
@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = cli.set_up(args)
     if args.amp:
-        cli.use_amp(cfg)
+        training.use_amp(cfg)
     if args.auto_scale_lr:
-        cli.use_auto_scale_lr(cfg)
-    cli.set_resume(cfg, args.resume)
+        training.use_auto_scale_lr(cfg)
+    training.set_resume(cfg, args.resume)
     if cfg.get('load_from'):
         cli.check_checkpoint_path('load_from', cfg.load_from)
-    cli.check_pretrained_files(cfg)
+    training.check_pretrained_files(cfg)
 
     build_runner(cfg).train()
 

@@ -7,6 +7,7 @@ import inspect
 import numpy as np
 from mmcv.transforms import BaseTransform
 
+from mmprotune.errors import OptionError
 from mmprotune.registry import TRANSFORMS
 
 # Hendrycks and Dietterich, https://arxiv.org/abs/1903.12261: fifteen that count, and four that
@@ -38,7 +39,8 @@ class Corrupt(BaseTransform):
 
     Raises:
         ImportError: The package is missing, or is the original.
-        ValueError: An argument has no such value, or an image is smaller than 32 pixels.
+        OptionError: An argument has no such value, or an image is not uint8 of three channels, is
+            smaller than 32 pixels, or has no name.
     """
 
     def __init__(self,
@@ -47,12 +49,12 @@ class Corrupt(BaseTransform):
                  channel_order: str = 'bgr',
                  seed: int = 0) -> None:
         if corruption not in COMMON + EXTRA:
-            raise ValueError(f'corruption must be one of {", ".join(COMMON + EXTRA)}; '
-                             f'got {corruption!r}')
+            raise OptionError(f'corruption must be one of {", ".join(COMMON + EXTRA)}; '
+                              f'got {corruption!r}')
         if severity not in SEVERITIES:
-            raise ValueError(f'severity must be 1 to 5, got {severity!r}')
+            raise OptionError(f'severity must be 1 to 5, got {severity!r}')
         if channel_order not in ('bgr', 'rgb'):
-            raise ValueError(f"channel_order must be 'bgr' or 'rgb', got {channel_order!r}")
+            raise OptionError(f"channel_order must be 'bgr' or 'rgb', got {channel_order!r}")
         self.corruption = corruption
         self.severity = int(severity)
         self.channel_order = channel_order
@@ -73,11 +75,11 @@ class Corrupt(BaseTransform):
         from PIL import Image
         image = results['img']
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f'Corrupt expects a uint8 image of shape (H, W, 3), got {image.dtype} '
-                             f'of shape {image.shape}')
+            raise OptionError('Corrupt expects a uint8 image of shape (H, W, 3), got '
+                              f'{image.dtype} of shape {image.shape}')
         if min(image.shape[:2]) < SMALLEST:
-            raise ValueError(f'Corrupt expects images of at least {SMALLEST} pixels, got '
-                             f'{image.shape[:2]}; put it behind the resizing')
+            raise OptionError(f'Corrupt expects images of at least {SMALLEST} pixels, got '
+                              f'{image.shape[:2]}; put it behind the resizing')
         if self.channel_order == 'bgr':
             image = image[..., ::-1]
         seed = self._seed_of(results)
@@ -102,8 +104,8 @@ class Corrupt(BaseTransform):
         elif 'sample_idx' in results:
             key = str(results.get('row', results['sample_idx']))
         else:
-            raise ValueError('Corrupt needs img_path or sample_idx to tell images apart, got '
-                             f'{sorted(results)}')
+            raise OptionError('Corrupt needs img_path or sample_idx to tell images apart, got '
+                              f'{sorted(results)}')
         digest = hashlib.sha256(f'{self.seed}|{self.corruption}|{key}'.encode()).digest()
         return int.from_bytes(digest[:4], 'big') % (2**31)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from mmengine.dataset import BaseDataset, force_full_init
 
+from mmprotune.errors import OptionError, OptionTypeError
 from mmprotune.registry import DATASETS
 
 PROFILES = ('exp', 'step')
@@ -31,14 +32,14 @@ def class_sizes(classes: int, factor: float, largest: int, profile: str = 'exp')
         list[int]: Images of each class; the i-th largest at index i.
 
     Raises:
-        ValueError: An argument is out of range, or a class is left without images.
+        OptionError: An argument is out of range, or a class is left without images.
     """
     if profile not in PROFILES:
-        raise ValueError(f'profile must be one of {PROFILES}, got {profile!r}')
+        raise OptionError(f'profile must be one of {PROFILES}, got {profile!r}')
     if not factor >= 1:
-        raise ValueError(f'factor must be at least 1 (no imbalance), got {factor!r}')
+        raise OptionError(f'factor must be at least 1 (no imbalance), got {factor!r}')
     if classes < 2:
-        raise ValueError(f'a long tail needs at least 2 classes, got {classes}')
+        raise OptionError(f'a long tail needs at least 2 classes, got {classes}')
     if profile == 'exp':
         exact = [largest * factor**(-i / (classes - 1)) for i in range(classes)]
     else:
@@ -46,7 +47,7 @@ def class_sizes(classes: int, factor: float, largest: int, profile: str = 'exp')
     # 500 / 50 must not become 9 by a rounding error.
     sizes = [math.floor(n + 1e-6) for n in exact]
     if sizes[-1] < 1:
-        raise ValueError(
+        raise OptionError(
             f'factor={factor:g} leaves {sizes.count(0)} of {classes} classes empty: the largest '
             f'has {largest} images, so the factor can be {largest} at most')
     return sizes
@@ -77,8 +78,8 @@ class LongTailedDataset:
         class_counts (list[int]): Images of each class, by label.
 
     Raises:
-        TypeError: ``dataset`` is no dataset, or has images with no label or several.
-        ValueError: A class has too few images, or none is left of one.
+        OptionTypeError: ``dataset`` is no dataset, or has images with no label or several.
+        OptionError: A class has too few images, or none is left of one.
     """
 
     def __init__(self,
@@ -92,8 +93,8 @@ class LongTailedDataset:
         if isinstance(dataset, dict):
             dataset = DATASETS.build(dataset)
         if not hasattr(dataset, 'get_cat_ids'):
-            raise TypeError('dataset must be a dataset with labels (get_cat_ids) or its config, '
-                            f'got {type(dataset).__name__}')
+            raise OptionTypeError('dataset must be a dataset with labels (get_cat_ids) or its '
+                                  f'config, got {type(dataset).__name__}')
         self.dataset = dataset
         self.factor = factor
         self.profile = profile
@@ -118,7 +119,7 @@ class LongTailedDataset:
         smallest = min(len(m) for m in members)
         if not smallest:
             empty = [c for c, m in enumerate(members) if not len(m)]
-            raise ValueError(f'{type(self.dataset).__name__} has no image of the classes {empty}')
+            raise OptionError(f'{type(self.dataset).__name__} has no image of the classes {empty}')
         largest = smallest if self.largest is None else self.largest
         sizes = class_sizes(len(members), self.factor, largest, self.profile)
         ranks: Sequence[int] = range(len(members))
@@ -127,8 +128,8 @@ class LongTailedDataset:
         self.class_counts = [sizes[rank] for rank in ranks]
         short = {c: len(m) for c, m in enumerate(members) if len(m) < self.class_counts[c]}
         if short:
-            raise ValueError(f'largest={self.largest}: the classes {short} (label: images) have '
-                             f'fewer than {[self.class_counts[c] for c in short]}')
+            raise OptionError(f'largest={self.largest}: the classes {short} (label: images) have '
+                              f'fewer than {[self.class_counts[c] for c in short]}')
         kept = [
             np.random.default_rng((self.seed, label)).permutation(members[label])[:count]
             for label, count in enumerate(self.class_counts)
@@ -165,14 +166,14 @@ def members_by_class(dataset) -> list[np.ndarray]:
         list[np.ndarray]: For each class, those that ``metainfo['classes']`` names included.
 
     Raises:
-        TypeError: An image has no label, or several.
+        OptionTypeError: An image has no label, or several.
     """
     labels = []
     for i in range(len(dataset)):
         ids = dataset.get_cat_ids(i)
         if len(ids) != 1:
-            raise TypeError(f'{type(dataset).__name__}: expected one label an image, '
-                            f'image {i} has {list(ids)}')
+            raise OptionTypeError(f'{type(dataset).__name__}: expected one label an image, '
+                                  f'image {i} has {list(ids)}')
         labels.append(int(ids[0]))
     array = np.asarray(labels)
     classes = max(len((dataset.metainfo or {}).get('classes') or ()), array.max(initial=-1) + 1)

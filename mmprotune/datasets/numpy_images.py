@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from mmengine.dataset import BaseDataset
 
+from mmprotune.errors import DataError, OptionError
 from mmprotune.registry import DATASETS
 
 
@@ -27,7 +28,8 @@ class NumpyImages(BaseDataset):
         **kwargs: Other arguments of :class:`mmengine.dataset.BaseDataset`: ``pipeline``, ….
 
     Raises:
-        ValueError: The files do not fit each other, ``rows`` or ``classes``.
+        DataError: The files do not fit each other, or ``classes``.
+        OptionError: ``rows`` are no part of them.
     """
 
     def __init__(self,
@@ -48,19 +50,19 @@ class NumpyImages(BaseDataset):
         labels = np.load(self.labels_file)
         shape = self._images.shape
         if self._images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-            raise ValueError(f'{self.images_file}: expected uint8 of shape (N, H, W, 3), got '
-                             f'{self._images.dtype} of shape {shape}')
+            raise DataError(f'{self.images_file}: expected uint8 of shape (N, H, W, 3), got '
+                            f'{self._images.dtype} of shape {shape}')
         if labels.shape != shape[:1]:
-            raise ValueError(f'{self.labels_file}: expected shape {shape[:1]}, one label for each '
-                             f'image of {self.images_file}; got {labels.shape}')
+            raise DataError(f'{self.labels_file}: expected shape {shape[:1]}, one label for each '
+                            f'image of {self.images_file}; got {labels.shape}')
         start, stop = self.rows or (0, len(labels))
         if not 0 <= start < stop <= len(labels):
-            raise ValueError(f'rows={self.rows}: the files have {len(labels)} rows')
+            raise OptionError(f'rows={self.rows}: the files have {len(labels)} rows')
         classes = len(self.metainfo['classes'])
         part = labels[start:stop]
         if part.min() < 0 or part.max() >= classes:
-            raise ValueError(f'{self.labels_file}: labels from {part.min()} to {part.max()}, but '
-                             f'there are {classes} classes')
+            raise DataError(f'{self.labels_file}: labels from {part.min()} to {part.max()}, but '
+                            f'there are {classes} classes')
         return [dict(row=row, gt_label=int(labels[row])) for row in range(start, stop)]
 
     def get_data_info(self, idx: int) -> dict:

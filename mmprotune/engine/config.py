@@ -38,7 +38,7 @@ def protune(cfg: Config, prompt_rates: dict | None = None, **options) -> Config:
         Config: ``cfg``.
 
     Raises:
-        ValueError: The model of the config has no backbone, or several.
+        LaunchError: The model of the config has no backbone, or several.
     """
     around = _around_the_backbone(cfg.get('model'))
     owner = around[-1]
@@ -87,10 +87,10 @@ def _around_the_backbone(model: object) -> list[dict]:
     if len(found) == 1:
         return found[0][1]
     if not found:
-        raise ValueError('expected a config with model.backbone, or one backbone further inside, '
-                         f'got {sorted(model) if isinstance(model, dict) else model!r}')
+        raise LaunchError('expected a config with model.backbone, or one backbone further inside, '
+                          f'got {sorted(model) if isinstance(model, dict) else model!r}')
     paths = [f'model.{path}' for path, _ in found]
-    raise ValueError(
+    raise LaunchError(
         f'the model has {len(found)} backbones: {", ".join(paths)}. Wrap the one that is meant in '
         f"the config itself: {paths[0]}=dict(type='mmprotune.PromptedBackbone', backbone=<what is "
         "there now>, prompt=dict(type='mmprotune.PromptBlock'))")

@@ -28,7 +28,8 @@ from mmprotune.engine.inference import (
 from mmprotune.engine.task import Task, is_out_of_memory, names_of, told
 from mmprotune.engine.trunk_report import TrunkReport, report_on
 from mmprotune.errors import DoesNotFit, TaskFailed, TrunkError, listed
-from mmprotune.models.sharing import Session, install, shared_paths
+from mmprotune.models.session import Session
+from mmprotune.models.sharing import install, shared_paths
 from mmprotune.models.trunk import Trunk
 
 
@@ -38,7 +39,7 @@ class FrozenTrunk:
     Each task is what its own checkpoint says: a detector, a segmentor, a classifier. Tasks whose
     backbones have one fingerprint hold the same frozen tensors; a task with another backbone gets a
     trunk of its own. Of one image, layers that would compute the same for several tasks run once
-    (:mod:`mmprotune.models.sharing`), to results that are bitwise those of each model alone.
+    (:mod:`mmprotune.models.session`), to results that are bitwise those of each model alone.
 
     May be used from several threads; tasks may be added and removed meanwhile. One task runs in one
     thread at a time.

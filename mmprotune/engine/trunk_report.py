@@ -12,7 +12,8 @@ from torch import nn
 from mmprotune.engine.task import Task
 from mmprotune.errors import listed
 from mmprotune.lean.dry_run import image_shapes, noise
-from mmprotune.models.sharing import Session, equal
+from mmprotune.models.session import Session
+from mmprotune.models.sharing import equal
 from mmprotune.models.trunk import Trunk
 
 # Sizes (H, W) of the images that tell whether preprocessings agree: lying, standing, odd ones.

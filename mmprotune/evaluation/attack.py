@@ -8,6 +8,7 @@ import torch
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from mmprotune.errors import OptionError
 from mmprotune.registry import MODELS
 
 ATTACKS = ('fgsm', 'pgd', 'autoattack', 'noise')
@@ -100,15 +101,15 @@ def perturb(model: BaseModel,
 
     Raises:
         ImportError: The package that has the attack is missing.
-        ValueError: An argument is out of range, or images are not in 0 to 255.
+        OptionError: An argument is out of range, or images are not in 0 to 255.
     """
     check_attack(kind, eps, steps)
     # pyautoattack cannot take other strides.
     images = images.float().contiguous()
     if images.min() < 0 or images.max() > MAXIMUM:
-        raise ValueError(f'expected pixels between 0 and 255, got {images.min().item():g} to '
-                         f'{images.max().item():g}; normalisation belongs to the data '
-                         'preprocessor, not to the pipeline')
+        raise OptionError(f'expected pixels between 0 and 255, got {images.min().item():g} to '
+                          f'{images.max().item():g}; normalisation belongs to the data '
+                          'preprocessor, not to the pipeline')
     if eps == 0:
         return images
     devices = [images.device] if images.is_cuda else []
@@ -154,8 +155,8 @@ def _autoattack(model: BaseModel, images: Tensor, labels: Tensor, eps: float, se
     with torch.no_grad():
         classes = target(images[:1] / MAXIMUM).size(1)
     if classes < 4:
-        raise ValueError(f"attack 'autoattack' needs at least 4 classes, got {classes}: its margin "
-                         'loss compares with the third best')
+        raise OptionError(f"attack 'autoattack' needs at least 4 classes, got {classes}: its "
+                          'margin loss compares with the third best')
     attack = AutoAttack(
         target, eps=eps / MAXIMUM, norm='Linf', seed=seed, version=version, device=images.device)
     attack.verbose = False
@@ -167,13 +168,13 @@ def _autoattack(model: BaseModel, images: Tensor, labels: Tensor, eps: float, se
 
 
 def check_attack(kind: str, eps: float, steps: int = 1) -> None:
-    """Raises ValueError for an unknown attack, a negative eps or less than one step."""
+    """Raises OptionError for an unknown attack, a negative eps or less than one step."""
     if kind not in ATTACKS:
-        raise ValueError(f'attack must be one of {", ".join(ATTACKS)}; got {kind!r}')
+        raise OptionError(f'attack must be one of {", ".join(ATTACKS)}; got {kind!r}')
     if not (isinstance(eps, (int, float)) and 0 <= eps <= MAXIMUM) or math.isnan(eps):
-        raise ValueError(f'eps must be between 0 and 255 (pixel values), got {eps!r}')
+        raise OptionError(f'eps must be between 0 and 255 (pixel values), got {eps!r}')
     if steps < 1:
-        raise ValueError(f'steps must be at least 1, got {steps!r}')
+        raise OptionError(f'steps must be at least 1, got {steps!r}')
 
 
 @MODELS.register_module()

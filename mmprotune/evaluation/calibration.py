@@ -7,6 +7,7 @@ import torch
 from mmengine.evaluator import BaseMetric
 from torch import Tensor
 
+from mmprotune.errors import OptionError
 from mmprotune.registry import METRICS
 
 
@@ -26,10 +27,11 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
         float: Percent.
 
     Raises:
-        ValueError: No samples, a confidence outside [0, 1], or fewer than one bin.
+        OptionError: Fewer than one bin.
+        ValueError: No samples, or a confidence outside [0, 1].
     """
     if bins < 1:
-        raise ValueError(f'bins must be at least 1, got {bins}')
+        raise OptionError(f'bins must be at least 1, got {bins}')
     if not len(confidence) or confidence.min() < 0 or confidence.max() > 1 + 1e-6:
         raise ValueError('expected confidences in [0, 1], got '
                          f'{[confidence.min().item(), confidence.max().item()]}'

@@ -17,7 +17,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner, TestLoop
 
 from mmprotune.config_nodes import type_name
-from mmprotune.errors import ScenarioError
+from mmprotune.errors import OptionError, ScenarioError
 from mmprotune.registry import DATASETS
 
 from .attack import AttackedClassifier, check_attack
@@ -83,7 +83,7 @@ def make_cells(cfg: Config, scenario: str, options: Options) -> list[Cell]:
 
     Raises:
         ScenarioError: The config lacks what the scenario needs.
-        ValueError: An option has no such value.
+        OptionError: An option has no such value.
     """
     if cfg.get('default_scope') != 'mmpretrain':
         raise ScenarioError('the scenarios are for classifiers: expected a config with '
@@ -91,7 +91,7 @@ def make_cells(cfg: Config, scenario: str, options: Options) -> list[Cell]:
     makers: dict[str, Callable[..., Iterator[Cell]]] = dict(
         corruption=_corruption, adversarial=_adversarial, ood=_ood, longtail=_longtail)
     if scenario not in makers:
-        raise ValueError(f'scenario must be one of {SCENARIOS}, got {scenario!r}')
+        raise OptionError(f'scenario must be one of {SCENARIOS}, got {scenario!r}')
     loader = _to_dict(cfg.test_dataloader)
     if options.limit is not None:
         limit_images(loader, options.limit)
@@ -99,7 +99,7 @@ def make_cells(cfg: Config, scenario: str, options: Options) -> list[Cell]:
     cells = [clean, *makers[scenario](cfg, clean, options)]
     names = [cell.name for cell in cells]
     if len(set(names)) < len(names):
-        raise ValueError(f'cells are named twice: {names}')
+        raise OptionError(f'cells are named twice: {names}')
     return cells
 
 
@@ -127,7 +127,7 @@ def _adversarial(cfg: Config, clean: Cell, options: Options) -> Iterator[Cell]:
         attack = dict(kind=kind, seed=options.seed)
         if steps:
             if kind != 'pgd' or not steps.isdigit():
-                raise ValueError(f"attack {name!r}: only PGD has steps, as in 'pgd-10'")
+                raise OptionError(f"attack {name!r}: only PGD has steps, as in 'pgd-10'")
             attack['steps'] = int(steps)
         for eps in options.eps:
             check_attack(kind, eps, attack.get('steps', 1))
@@ -242,7 +242,7 @@ def limit_images(loader: dict, limit: int) -> None:
         limit (int): At least 1; a set that is smaller stays as it is.
     """
     if limit < 1:
-        raise ValueError(f'limit must be at least 1, got {limit}')
+        raise OptionError(f'limit must be at least 1, got {limit}')
     dataset = innermost(loader['dataset'])
     total = len(build_dataset(dataset))
     if total > limit:

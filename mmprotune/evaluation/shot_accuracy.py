@@ -7,6 +7,7 @@ import numpy as np
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 
+from mmprotune.errors import OptionError
 from mmprotune.registry import DATASETS, METRICS
 
 
@@ -54,7 +55,7 @@ class ShotAccuracy(BaseMetric):
         prefix (str, optional): Likewise. Defaults to None: 'shot'.
 
     Raises:
-        ValueError: Not exactly one of ``class_counts`` and ``train_dataset`` is given, the
+        OptionError: Not exactly one of ``class_counts`` and ``train_dataset`` is given, the
             thresholds are out of order, or a label has no count.
     """
     default_prefix = 'shot'
@@ -68,9 +69,9 @@ class ShotAccuracy(BaseMetric):
                  prefix: str | None = None) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix)
         if (class_counts is None) == (train_dataset is None):
-            raise ValueError('give either class_counts or train_dataset')
+            raise OptionError('give either class_counts or train_dataset')
         if not 0 < few <= many:
-            raise ValueError(f'expected 0 < few <= many, got few={few}, many={many}')
+            raise OptionError(f'expected 0 < few <= many, got few={few}, many={many}')
         if class_counts is None:
             class_counts = count_classes(train_dataset)
             print_log(f'training images of each class: {class_counts}', logger='current')
@@ -87,8 +88,8 @@ class ShotAccuracy(BaseMetric):
         """dict: See :func:`shot_accuracy`."""
         predicted, target = np.asarray(results).T
         if target.max() >= len(self.class_counts):
-            raise ValueError(f'label {target.max()} has no training count: class_counts has '
-                             f'{len(self.class_counts)} classes')
+            raise OptionError(f'label {target.max()} has no training count: class_counts has '
+                              f'{len(self.class_counts)} classes')
         return shot_accuracy(predicted, target, self.class_counts, self.few, self.many)
 
 

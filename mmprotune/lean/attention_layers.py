@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import functional
+from .base import LeanLayer, stand_in
 from .graph import TORCH_BEFORE_2_3, builds_graph, check_frozen, is_recorded
 from .int8 import scale_of
-from .layers import LeanLayer, stand_in
 from .precision import is_autocast
 
 

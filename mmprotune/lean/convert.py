@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from mmprotune.errors import OptionError
 
+from .base import LeanLayer
 from .dry_run import DryRun
 from .graph import LeanState
 from .int8 import dequantize, quantize
-from .layers import LeanLayer, Linear
+from .layers import Linear
 from .memory import KeptBytes
 from .options import LeanOptions, LeanReport
 from .prompts import PromptState, observed

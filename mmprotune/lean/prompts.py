@@ -13,16 +13,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint
 
-from .graph import FrozenLayerError, is_recorded
-from .layers import stand_in
+from .addition import Addition
+from .base import stand_in
+from .dropout import as_now, drops
+from .graph import is_recorded
 from .memory import CountedAs
-from .precision import Precision, without_autocast
-
-aten = torch.ops.aten
 
 
 class PromptState:
@@ -98,48 +95,6 @@ def _first_convolution(block: nn.Module, feature: Tensor) -> str:
     return names[conv] if plain else ''
 
 
-# --- dropout ----------------------------------------------------------------------------------
-
-
-def _dropouts(block: nn.Module) -> list[nn.Module]:
-    return [m for m in block.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
-
-
-def _drops(block: nn.Module) -> bool:
-    return any(m.training and m.p > 0 for m in _dropouts(block))
-
-
-def _as_now(block: nn.Module) -> nn.Module:
-    """The block as it is, also once its mode is another one."""
-    return stand_in(block, {}) if _dropouts(block) else block
-
-
-class _Draws:
-    """The random numbers that a block with dropout is about to draw; a call, as a context, has them
-    drawn again.
-
-    Args:
-        block (nn.Module): The block.
-        x (Tensor): What it is given, on the device that it draws on.
-    """
-
-    def __init__(self, block: nn.Module, x: Tensor) -> None:
-        self.state = None
-        if _drops(block):
-            self.state = torch.get_rng_state(), *get_device_states(x)
-
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[None]:
-        if self.state is None:
-            yield
-            return
-        state, devices, states = self.state
-        with torch.random.fork_rng(devices):
-            torch.set_rng_state(state)
-            set_device_states(devices, states)
-            yield
-
-
 # --- running a block --------------------------------------------------------------------------
 
 
@@ -176,13 +131,13 @@ def prompt_of(block: nn.Module, feature: Tensor) -> Tensor:
 def _again(block: nn.Module, method: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
     """Applies a method whose backward pass applies it again, with the parameters of now."""
     named = dict(block.named_parameters(remove_duplicate=False))
-    block = _as_now(block)
+    block = as_now(block)
 
     def compute(x: Tensor, *parameters: Tensor) -> Tensor:
         return method(stand_in(block, dict(zip(named, parameters))), x)
 
     return checkpoint(compute, x, *named.values(), use_reentrant=False,
-                      preserve_rng_state=_drops(block))
+                      preserve_rng_state=drops(block))
 
 
 def add_prompt(block: nn.Module,
@@ -203,7 +158,7 @@ def add_prompt(block: nn.Module,
         Tensor: The prompted feature, as the feature.
     """
     if not _is_plain(block) and block.lean.saves == 'output':
-        return CountedAs(block, _Addition(block, to_map, from_map, note))(x)
+        return CountedAs(block, Addition(block, to_map, from_map, note))(x)
     feature = to_map(x)
     prompt = prompt_of(block, feature)
     if note is not None:
@@ -212,135 +167,3 @@ def add_prompt(block: nn.Module,
     if not _is_plain(block) and block.lean.observer is not None:
         block.lean.observer(y)
     return y
-
-
-class _Addition:
-    r"""Computes :math:`\hat x = x + P(x)`.
-
-    Keeps :math:`\hat x`, which the layers behind keep anyway, and the narrow tensor. The backward
-    pass computes :math:`P(x)` again from the latter, and takes :math:`x = \hat x - P(x)`, which is
-    exact up to the rounding of the sum, for the gradients of ``down``: those of a convolution where
-    that is all of it, else by computing it again, too.
-
-    Args:
-        block, to_map, from_map, note: See :func:`add_prompt`.
-    """
-
-    def __init__(self, block: nn.Module, to_map: Callable[[Tensor], Tensor],
-                 from_map: Callable[[Tensor], Tensor],
-                 note: Callable[[Tensor, Tensor], None] | None) -> None:
-        self.block, self.to_map, self.from_map, self.note = _as_now(block), to_map, from_map, note
-        first = block.lean.first
-        self.conv = self.block.get_submodule(first) if first else None
-        self.parameters = {n: p for n, p in block.named_parameters(remove_duplicate=False)
-                           if not first or not n.startswith(f'{first}.')}
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self.forward(x)[0]
-        own = (None, None) if self.conv is None else (self.conv.weight, self.conv.bias)
-        return _Add.apply(x, self, *own, *self.parameters.values())
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The prompted feature and the narrow tensor, without a graph."""
-        feature = self.to_map(x)
-        self._down_draws = _Draws(self.block, feature)
-        hidden = self.block.down(feature)
-        self._up_draws = _Draws(self.block, hidden)
-        prompt = self.block.up(hidden)
-        if self.note is not None:
-            self.note(prompt, feature)
-        return _combine(torch.add, x, self.from_map(prompt)), hidden
-
-    def down(self, feature: Tensor, parameters: list[Tensor]) -> Tensor:
-        """The narrow tensor once more, computed with other parameters."""
-        with self._down_draws():
-            return self._with(parameters).down(feature)
-
-    def up(self, hidden: Tensor, parameters: list[Tensor]) -> Tensor:
-        """The prompt once more, in the layout of the feature, likewise."""
-        with self._up_draws():
-            return self.from_map(self._with(parameters).up(hidden))
-
-    def _with(self, parameters: list[Tensor]) -> nn.Module:
-        return stand_in(self.block, dict(zip(self.parameters, parameters)))
-
-
-def _combine(function: Callable, x: Tensor, prompt: Tensor) -> Tensor:
-    """``function(x, prompt)``, in the memory of the prompt where the result fits there."""
-    fits = (prompt.dtype == x.dtype and prompt.stride() == x.stride() and not prompt._is_view())
-    return function(x, prompt, out=prompt) if fits else function(x, prompt)
-
-
-class _Add(Function):
-
-    @staticmethod
-    def forward(ctx, x, addition, weight, bias, *parameters):
-        y, hidden = addition.forward(x)
-        ctx.addition, ctx.precision, ctx.dtype = addition, Precision(x.device), x.dtype
-        ctx.save_for_backward(y, hidden, weight, *parameters)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        try:
-            y, hidden, weight, *parameters = ctx.saved_tensors
-        except RuntimeError as error:
-            if 'modified by an inplace operation' not in str(error):
-                raise
-            raise FrozenLayerError(
-                'a prompted feature, or a parameter of its prompt block, was changed in place '
-                'between the forward and the backward pass; if some layer does so on purpose, set '
-                "model.backbone.lean=dict(prompts='bottleneck'), which keeps the feature from "
-                f'before the prompt was added ({error})') from error
-        addition = ctx.addition
-        wants_x, _, _, _, *wants = ctx.needs_input_grad
-        # Stand-ins: the parameters' own hooks run once, when autograd gets to the parameters, and
-        # the values are those of the forward pass, whatever the block holds now.
-        own = [p.detach().requires_grad_(wanted) for p, wanted in zip(parameters, wants)]
-        trained = [p for p in own if p.requires_grad]
-        hidden = hidden.detach().requires_grad_()
-        with torch.enable_grad(), ctx.precision():
-            # A view: PyTorch's counters of operations hook what modules read, and fail on a leaf.
-            prompt = addition.up(hidden.view_as(hidden), own)
-        inner, *found = torch.autograd.grad(
-            prompt, (hidden, *trained), grad.to(prompt.dtype), allow_unused=True)
-        weight_grad = bias_grad = None
-        with without_autocast(grad):
-            x = addition.to_map(_combine(torch.sub, y, prompt.detach()))
-        if addition.conv is not None:
-            with without_autocast(grad):
-                outer, weight_grad, bias_grad = _convolution_backward(
-                    addition.conv, inner, x, weight, ctx.needs_input_grad)
-        else:
-            x = x.detach().requires_grad_()
-            with torch.enable_grad(), ctx.precision():
-                again = addition.down(x.view_as(x), own)
-            outer, *more = torch.autograd.grad(again, (x, *trained), inner, allow_unused=True)
-            found = [a if b is None else b if a is None else a + b for a, b in zip(found, more)]
-        if wants_x:
-            with without_autocast(grad):
-                outer = addition.from_map(outer).to(ctx.dtype) + grad.to(ctx.dtype)
-        found = iter(found)
-        return (outer if wants_x else None, None, weight_grad, bias_grad,
-                *(next(found) if wanted else None for wanted in wants))
-
-
-def _convolution_backward(conv: nn.Conv2d, grad: Tensor, x: Tensor, weight: Tensor,
-                          wants: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients of a convolution's input, weight and bias, those of the parameters in their dtype.
-
-    Args:
-        conv (nn.Conv2d): The convolution.
-        grad (Tensor): Gradient of its output.
-        x (Tensor): Its input.
-        weight (Tensor): Its weight, as it was.
-        wants (tuple[bool, ...]): Of input, anything, weight and bias.
-    """
-    wants_x, _, *wants_own = wants[:4]
-    padding = (0, 0) if isinstance(conv.padding, str) else conv.padding
-    outer, *own = aten.convolution_backward(
-        grad, x.to(grad.dtype), weight.to(grad.dtype), [weight.size(0)], conv.stride, padding,
-        conv.dilation, False, [0, 0], conv.groups, [wants_x, *wants_own])
-    return outer, *(g.to(weight.dtype) if wanted else None for g, wanted in zip(own, wants_own))

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from . import functional
 from .attention_layers import RotaryEmbedding
+from .base import LeanLayer, stand_in
 from .graph import builds_graph
 from .int8 import scale_of
-from .layers import LayerNorm, LeanLayer, Sigmoid, Smooth, stand_in
+from .layers import LayerNorm, Sigmoid, Smooth
 
 
 class Replayed(LeanLayer):

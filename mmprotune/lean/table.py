@@ -7,6 +7,7 @@ from __future__ import annotations
 from torch import nn
 
 from . import attention_layers, layers, replayed_layers
+from .base import lean_class
 from .graph import LeanState
 
 _NN = 'torch.nn.modules.'
@@ -92,7 +93,7 @@ def lean_type(module: nn.Module) -> type | None:
         module (nn.Module): A stock module.
 
     Returns:
-        type, optional: A subclass of :class:`~mmprotune.lean.layers.LeanLayer`; None where the
+        type, optional: A subclass of :class:`~mmprotune.lean.base.LeanLayer`; None where the
         layer is not known, or is used in a way that is not (a ``forward`` of its own, a computed
         weight).
     """
@@ -112,6 +113,6 @@ def swap(module: nn.Module, lean: type, name: str = '') -> LeanState:
     Returns:
         LeanState: Its state, with nothing switched on.
     """
-    module.__class__ = layers.lean_class(lean, type(module))
+    module.__class__ = lean_class(lean, type(module))
     module.__dict__['lean'] = state = LeanState(name)
     return state

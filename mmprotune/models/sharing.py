@@ -1,27 +1,23 @@
-"""Layers of several prompted backbones that compute the same on one image run once.
+"""Which layers of several prompted backbones are the same, and what stands in for them.
 
-A layer's output is used again by another backbone where that is the same by proof: both layers are
-of one class with equal attributes, hold the same frozen tensors, are run in the same way, and get
-equal inputs, down to the last bit. So it does not matter why inputs are equal: prompts that have
-not been reached yet and prompts on the outputs alike let everything before them be shared.
+Two layers are the same by proof: they are of one class with equal attributes, hold the same frozen
+tensors, and are run in the same way. :mod:`~mmprotune.models.session` runs them once for an image.
 """
 from __future__ import annotations
 
-import contextlib
 import dis
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmprotune.lean.dry_run import tensors_in
+from mmprotune.lean.base import LeanLayer
 from mmprotune.lean.graph import LeanState
 from mmprotune.lean.int8 import weights_in
-from mmprotune.lean.layers import LeanLayer
 
 # What of a module's ``__dict__`` does not say what it computes in eval mode, without a graph.
 _IDLE = frozenset(nn.Module().__dict__) - {'training'} | {
@@ -30,7 +26,8 @@ _IDLE = frozenset(nn.Module().__dict__) - {'training'} | {
 _PLAIN = (str, bytes, int, float, bool, complex, type(None), type, torch.dtype, torch.device,
           frozenset, set)
 
-_thread = threading.local()
+# ``visit``: of the session that is run on this thread.
+running = threading.local()
 
 
 # --- which layers are the same ----------------------------------------------------------------
@@ -74,7 +71,7 @@ def _same_module(a: nn.Module, b: nn.Module) -> bool:
     if _leaves_notes(type(a)):
         return False
     own, other = ({k: v for k, v in m.__dict__.items() if k not in _IDLE} for m in (a, b))
-    if not _same_value(own, other) or a._modules.keys() != b._modules.keys():
+    if not same_value(own, other) or a._modules.keys() != b._modules.keys():
         return False
     return all(
         x is y or not (x is None or y is None or _has_hooks(x) or _has_hooks(y))
@@ -127,7 +124,8 @@ def _same_lean(a: nn.Module, b: nn.Module) -> bool:
     return (x.rounds, x.sdpa, x.drops_weights) == (y.rounds, y.sdpa, y.drops_weights)
 
 
-def _same_value(a, b) -> bool:
+def same_value(a, b) -> bool:
+    """Whether two attributes, or arguments, are the same; False for what is of an unknown kind."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -137,13 +135,13 @@ def _same_value(a, b) -> bool:
     if isinstance(a, nn.Module):
         return _same_module(a, b)
     if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(_same_value(v, b[k]) for k, v in a.items())
+        return a.keys() == b.keys() and all(same_value(v, b[k]) for k, v in a.items())
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same_value, a, b))
+        return len(a) == len(b) and all(map(same_value, a, b))
     if isinstance(a, np.ndarray):
         return a.dtype != object and np.array_equal(a, b)
     if isinstance(a, partial):
-        return a.func is b.func and _same_value(a.args, b.args) and _same_value(
+        return a.func is b.func and same_value(a.args, b.args) and same_value(
             a.keywords, b.keywords)
     return isinstance(a, _PLAIN) and a == b
 
@@ -154,14 +152,14 @@ def equal(a: Tensor, b: Tensor) -> bool:
         b.shape, b.dtype, b.device, b.stride()) and torch.equal(a, b)
 
 
-# --- one image --------------------------------------------------------------------------------
+# --- what stands in for them ------------------------------------------------------------------
 
 
 class Shared:
     """Stands in for the ``forward`` of a module that may be shared.
 
-    Outside of a :class:`Session` it is that ``forward``. An attribute of the module, so that hooks
-    stay outside.
+    Outside of a :class:`~mmprotune.models.session.Session` it is that ``forward``. An attribute of
+    the module, so that hooks stay outside.
 
     Attributes:
         copies (bool): Whether what follows changes the output in place, so that others need a copy.
@@ -172,7 +170,7 @@ class Shared:
 
     def __call__(self, *args, **kwargs):
         forward = partial(type(self.module).forward, self.module)
-        visit: _Visit | None = getattr(_thread, 'visit', None)
+        visit = getattr(running, 'visit', None)
         if visit is None or visit.is_over:
             return forward(*args, **kwargs)
         output = visit.run(self, forward, args, kwargs)
@@ -182,129 +180,6 @@ class Shared:
 
 
 _SHARED = Shared(None, '')
-
-
-def _copied(value, tensor: Callable[[Tensor], Tensor]):
-    """A structure with new containers, and with each tensor as ``tensor`` returns it."""
-    if isinstance(value, Tensor):
-        return tensor(value)
-    if type(value) in (list, tuple):
-        return type(value)(_copied(item, tensor) for item in value)
-    if type(value) is dict:
-        return {key: _copied(item, tensor) for key, item in value.items()}
-    if isinstance(value, (int, float, str, type(None))):
-        return value
-    raise TypeError(f'{type(value).__name__} cannot be shared')
-
-
-def _clones() -> Callable[[Tensor], Tensor]:
-    made: dict[int, Tensor] = {}
-    return lambda tensor: made.setdefault(id(tensor), tensor.clone())
-
-
-def _versions(*values) -> list[tuple[Tensor, int]]:
-    return [(tensor, tensor._version) for tensor in tensors_in(values)]
-
-
-def _is_unchanged(versions: list[tuple[Tensor, int]]) -> bool:
-    return all(tensor._version == version for tensor, version in versions)
-
-
-class _Record:
-    """One call of a shared module."""
-
-    def __init__(self, task: str, shared: Shared, args: tuple, kwargs: dict) -> None:
-        self.task, self.shared, self.args, self.kwargs = task, shared, args, kwargs
-        self.inputs = _versions(args, kwargs)  # taken before the call
-        self.outputs: list[tuple[Tensor, int]] = []
-        self.is_copy = False
-
-    def keep(self, output) -> bool:
-        """Notes what was returned; False where it cannot be used again."""
-        self.is_copy = self.shared.copies
-        try:
-            self.output = _copied(output, _clones() if self.is_copy else lambda tensor: tensor)
-        except TypeError:
-            return False
-        self.outputs = _versions(self.output)
-        return True
-
-    def suits(self, args: tuple, kwargs: dict) -> bool:
-        if not _is_unchanged(self.inputs) or not _same_value((self.args, self.kwargs),
-                                                             (args, kwargs)):
-            return False
-        if not _is_unchanged(self.outputs):
-            self.shared.copies = True  # from the next image on
-            return False
-        return True
-
-    def take(self):
-        return _copied(self.output, _clones() if self.is_copy else lambda tensor: tensor)
-
-
-class _Visit:
-    """One task's run in a session."""
-
-    def __init__(self, session: Session, name: str) -> None:
-        self.session, self.name, self.is_over = session, name, False
-        self.prompted = session.prompted[name]
-        earlier, later = session.done, [n for n in session.names
-                                        if n not in session.done and n != name]
-        self.sources: dict[str, set[str]] = {}
-        for other in earlier:
-            for path in session.paths(other, name):
-                self.sources.setdefault(path, set()).add(other)
-        self.kept = frozenset().union(*(session.paths(name, other) for other in later))
-        self.taken: list[tuple[str, str]] = []
-
-    def run(self, shared: Shared, forward: Callable, args: tuple, kwargs: dict):
-        sources = self.sources.get(shared.path, ())
-        for record in self.session.records.get(shared.path, ()):
-            if record.task in sources and record.suits(args, kwargs):
-                self.taken.append((record.task, shared.path))
-                return record.take()
-        if shared.path not in self.kept:
-            return forward(*args, **kwargs)
-        record = _Record(self.name, shared, args, kwargs)
-        output = forward(*args, **kwargs)
-        if record.keep(output):
-            self.session.records.setdefault(shared.path, []).append(record)
-        return output
-
-
-class Session:
-    """What some tasks have computed on one image; to be used by one thread.
-
-    Args:
-        parts (Mapping[str, nn.Module]): The tasks' prompted backbones, in the order of running.
-        paths (Callable): Takes the names of two tasks, returns the :func:`shared_paths` of their
-            networks, on which :func:`install` was called.
-
-    Attributes:
-        taken (dict[str, list[tuple[str, str]]]): For each task that ran, the modules that it did
-            not run itself: whose output was used, and the path.
-    """
-
-    def __init__(self, parts: Mapping[str, nn.Module],
-                 paths: Callable[[str, str], frozenset[str]]) -> None:
-        self.names, self.paths = list(parts), paths
-        self.prompted = {name: frozenset(stage.path for stage in part.stages)
-                         for name, part in parts.items()}
-        self.records: dict[str, list[_Record]] = {}
-        self.done: list[str] = []
-        self.taken: dict[str, list[tuple[str, str]]] = {}
-
-    @contextlib.contextmanager
-    def task(self, name: str) -> Iterator[None]:
-        """While open, a task runs on this thread."""
-        outer = getattr(_thread, 'visit', None)
-        _thread.visit = visit = _Visit(self, name)
-        try:
-            yield
-        finally:
-            _thread.visit = outer
-            self.done.append(name)
-            self.taken[name] = visit.taken
 
 
 def install(network: nn.Module, paths: frozenset[str]) -> None:

@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from mmprotune import checkpoint
 from mmprotune.checkpoints.convert import build_model
 from mmprotune.config_nodes import prompted_nodes
-from mmprotune.engine import cli
+from mmprotune.engine import training
 from mmprotune.engine.hooks import PromptCheckpointHook
 from mmprotune.errors import CheckpointError, FingerprintMismatch
 from tests.conftest import RESNET18, build
@@ -113,7 +113,7 @@ def test_the_runner_tests_and_resumes_with_the_saved_config(trained, tmp_path):
     run(cfg, train=False)
     cfg = Config.fromfile(saved)
     cfg.merge_from_dict({'work_dir': str(tmp_path / 'resumed'), 'train_cfg.max_epochs': 2})
-    cli.set_resume(cfg, slim)
+    training.set_resume(cfg, slim)
     assert run(cfg).epoch == 2
     assert checkpoint.verify(tmp_path / 'resumed/epoch_2.pth', saved)['epoch'] == 2
 
@@ -123,7 +123,7 @@ def test_the_same_command_resumes(trained, tmp_path):
     cfg, saved, slim = trained
     cfg = _copy(cfg)
     cfg.train_cfg.max_epochs = 2
-    cli.set_resume(cfg, 'auto')
+    training.set_resume(cfg, 'auto')
     assert (cfg.load_from, cfg.model.backbone.frozen_from) == (
         slim, Config.fromfile(saved).model.backbone.frozen_from)
     cfg.work_dir = str(tmp_path)
@@ -182,7 +182,7 @@ def test_what_the_pretrained_file_did_not_fill_still_trains(data, detector, resn
     slim, saved = str(tmp_path / 'run/epoch_1.pth'), _saved(tmp_path / 'run')
     assert 'backbone.backbone.bn1.weight' in torch.load(slim, weights_only=True)['state_dict']
     assert checkpoint.verify(slim, saved)['kind'] == 'slim'
-    cli.set_resume(cfg, slim)
+    training.set_resume(cfg, slim)
     cfg.train_cfg.max_epochs = 2
     assert run(cfg).epoch == 2
     with pytest.raises(CheckpointError, match=r"trainable=\['bn1\\\\\.weight'"):

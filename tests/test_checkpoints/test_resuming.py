@@ -6,7 +6,7 @@ import torch
 from mmengine.config import Config
 
 from mmprotune import checkpoint
-from mmprotune.engine import cli
+from mmprotune.engine import training
 from mmprotune.engine.hooks import PromptCheckpointHook
 from mmprotune.errors import (
     IncompleteCheckpoint,
@@ -27,7 +27,7 @@ def test_checkpoints_without_an_optimizer_are_not_overwritten(tmp_path):
     cfg = Config(dict(model={}, work_dir=str(tmp_path), load_from='elsewhere.pth'))
     runner = SimpleNamespace(_resume=True, _load_from=None, work_dir=str(tmp_path), hooks=[],
                              cfg=cfg)
-    for attempt in (lambda: cli.set_resume(cfg, 'auto'),
+    for attempt in (lambda: training.set_resume(cfg, 'auto'),
                     lambda: PromptCheckpointHook().before_run(runner)):
         with pytest.raises(IncompleteCheckpoint, match=f'{path}: it holds no optimizer.*another '
                                                        f'work_dir, with load_from={path}'):

@@ -12,6 +12,7 @@ pytest.importorskip('imagecorruptions')
 from imagecorruptions import corruption_dict, get_corruption_names
 
 from mmprotune.datasets.corrupt import COMMON, EXTRA, Corrupt
+from mmprotune.errors import OptionError
 
 # What draws nothing at random.
 FIXED = {'defocus_blur', 'zoom_blur', 'brightness', 'contrast', 'pixelate', 'jpeg_compression',
@@ -94,7 +95,7 @@ def test_images_are_known_by_name_or_row():
     (('fog', 3, 'gbr'), "channel_order .* got 'gbr'"),
 ])
 def test_wrong_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OptionError, match=message):
         Corrupt(*arguments)
 
 
@@ -105,7 +106,7 @@ def test_wrong_arguments(arguments, message):
     (dict(img=np.zeros((64, 64, 3), np.uint8)), r'img_path or sample_idx .* \[.img.\]'),
 ])
 def test_wrong_images(results, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OptionError, match=message):
         Corrupt('fog', 3)(results)
 
 

@@ -5,6 +5,7 @@ import pytest
 from mmengine.dataset import BaseDataset
 
 from mmprotune.datasets.long_tailed import LongTailedDataset, class_sizes
+from mmprotune.errors import OptionError, OptionTypeError
 from mmprotune.registry import DATASETS
 
 from ..classification import CLASSES, classification_scope, draw_folder
@@ -67,7 +68,7 @@ def test_sizes(arguments, expected):
     ((10, 10, 100, 'linear'), "profile must be one of .*, got 'linear'"),
 ])
 def test_wrong_sizes(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OptionError, match=message):
         class_sizes(*arguments)
 
 
@@ -119,11 +120,11 @@ def test_wraps_datasets_of_mmpretrain(tmp_path):
 
 
 @pytest.mark.parametrize(('dataset', 'kwargs', 'error', 'message'), [
-    (labels(5, 0, 5), {}, ValueError, r'no image of the classes \[1\]'),
-    (labels(9, 9), dict(factor=10), ValueError, 'leaves 1 of 2 classes empty'),
-    (labels(9, 4), dict(factor=1, largest=8), ValueError, r'\{1: 4\}.*fewer than \[8\]'),
-    (Labels([[0, 1], [1]], ('a', 'b')), {}, TypeError, r'image 0 has \[0, 1\]'),
-    (object(), {}, TypeError, 'got object'),
+    (labels(5, 0, 5), {}, OptionError, r'no image of the classes \[1\]'),
+    (labels(9, 9), dict(factor=10), OptionError, 'leaves 1 of 2 classes empty'),
+    (labels(9, 4), dict(factor=1, largest=8), OptionError, r'\{1: 4\}.*fewer than \[8\]'),
+    (Labels([[0, 1], [1]], ('a', 'b')), {}, OptionTypeError, r'image 0 has \[0, 1\]'),
+    (object(), {}, OptionTypeError, 'got object'),
 ])
 def test_datasets_that_do_not_fit(dataset, kwargs, error, message):
     with pytest.raises(error, match=message):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mmprotune.datasets import NumpyImages
+from mmprotune.errors import DataError, OptionError
 from mmprotune.registry import DATASETS
 
 from ..classification import classification_scope
@@ -34,15 +35,15 @@ def test_reads_a_part(folder):
     assert dataset.get_subset([2]).get_data_info(0)['row'] == 4
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    (dict(rows=(0, 7)), r'rows=\(0, 7\): the files have 6 rows'),
-    (dict(rows=(3, 3)), r'rows=\(3, 3\)'),
-    (dict(classes=('a', 'b')), 'labels from 0 to 2, but there are 2 classes'),
-    (dict(images='labels.npy'), r'expected uint8 of shape \(N, H, W, 3\)'),
-    (dict(labels='fog.npy'), r'expected shape \(6,\)'),
+@pytest.mark.parametrize(('change', 'error', 'message'), [
+    (dict(rows=(0, 7)), OptionError, r'rows=\(0, 7\): the files have 6 rows'),
+    (dict(rows=(3, 3)), OptionError, r'rows=\(3, 3\)'),
+    (dict(classes=('a', 'b')), DataError, 'labels from 0 to 2, but there are 2 classes'),
+    (dict(images='labels.npy'), DataError, r'expected uint8 of shape \(N, H, W, 3\)'),
+    (dict(labels='fog.npy'), DataError, r'expected shape \(6,\)'),
 ])
-def test_files_that_do_not_fit(folder, change, message):
+def test_files_that_do_not_fit(folder, change, error, message):
     arguments = cfg(folder, **change)
     del arguments['type']
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         NumpyImages(**arguments)

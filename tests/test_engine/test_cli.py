@@ -1,4 +1,4 @@
-"""Arguments, flags and errors of the command-line tools."""
+"""Arguments, configs and errors of the command-line tools."""
 from __future__ import annotations
 
 import argparse
@@ -10,7 +10,6 @@ from urllib.error import URLError
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.optim import OptimWrapper
 from torch import distributed
 
 import mmprotune
@@ -21,17 +20,8 @@ from mmprotune.errors import (
     FrozenTensorsChanged,
     LaunchError,
 )
+from mmprotune.registry import DATASETS, TRANSFORMS
 from tests.conftest import RESNET18, build
-
-
-@pytest.fixture
-def on_cpu(monkeypatch):
-    monkeypatch.setattr(cli, 'get_device', lambda: 'cpu')
-
-
-@pytest.fixture
-def on_gpu(monkeypatch):
-    monkeypatch.setattr(cli, 'get_device', lambda: 'cuda')
 
 
 @pytest.mark.parametrize('suffix', ['', '.py'])
@@ -79,97 +69,10 @@ def test_work_dir(config, given, in_config, expected):
     assert cfg.work_dir == expected
 
 
-def test_resume_from_a_file(tmp_path):
-    file = tmp_path / 'a.pth'
-    file.touch()
-    cfg = Config(dict(work_dir=str(tmp_path), load_from='weights.pth', resume=False))
-    cli.set_resume(cfg, str(file))
-    assert (cfg.resume, cfg.load_from) == (True, str(file))
-
-
-def test_resume_auto(tmp_path):
-    cfg = Config(dict(work_dir=str(tmp_path), load_from='weights.pth', resume=False))
-    cli.set_resume(cfg, 'auto')
-    # Nothing to resume: what the config said stays.
-    assert (cfg.resume, cfg.load_from) == (False, 'weights.pth')
-
-    newest = tmp_path / 'epoch_2.pth'
-    torch.save(dict(optimizer={}), newest)
-    (tmp_path / 'last_checkpoint').write_text(str(newest))
-    cli.set_resume(cfg, 'auto')
-    assert (cfg.resume, cfg.load_from) == (True, str(newest))
-
-
-def test_resume_from_nothing(tmp_path):
-    cfg = Config(dict(work_dir=str(tmp_path)))
-    with pytest.raises(LaunchError, match='--resume: no file'):
-        cli.set_resume(cfg, str(tmp_path / 'none.pth'))
-    cli.set_resume(cfg, None)
-    assert 'resume' not in cfg
-    cli.check_checkpoint_path('load_from', 'https://example.org/a.pth')  # not a local file
-
-
-@pytest.mark.parametrize(('options', 'key'), [
-    ({'model.backbone.init_cfg': dict(type='Pretrained', checkpoint='no/a.pth')},
-     'model.backbone.init_cfg.checkpoint'),
-    ({'model.pretrained': 'no/a.pth'}, 'model.pretrained'),
-    ({'model.neck.init_cfg': dict(type='Pretrained', checkpoint='no/a.pth')},
-     'model.neck.init_cfg.checkpoint'),
-    ({'model.backbone.frozen_from': 'no/a.pth'}, 'model.backbone.frozen_from')])
-def test_a_missing_pretrained_file_is_named_with_its_key(options, key):
-    cfg = Config(dict(model=dict(backbone=dict(type='X'), neck=dict(type='Y'))))
-    cli.check_pretrained_files(cfg)
-    cfg.merge_from_dict(options)
-    with pytest.raises(LaunchError, match=rf"^{key}: no file 'no/a.pth'; .* {key}=PATH"):
-        cli.check_pretrained_files(cfg)
-
-
-def test_what_is_no_local_file(tmp_path):
-    (tmp_path / 'a.pth').touch()
-    for file in (str(tmp_path / 'a.pth'), 'torchvision://resnet50', 'https://example.org/a.pth',
-                 'ViT-B/16', True):
-        cli.check_pretrained_files(Config(dict(model=dict(backbone=dict(pretrained=file)))))
-
-
-def test_a_checkpoint_stands_in_for_the_file_of_a_frozen_backbone():
-    file = dict(init_cfg=dict(type='Pretrained', checkpoint='no/a.pth'))
-    cfg = Config(dict(load_from='run.pth', model=dict(backbone=dict(
-        type='mmprotune.PromptedBackbone', backbone=dict(type='X', **file)))))
-    cli.check_pretrained_files(cfg)
-    cfg.model.neck = file
-    with pytest.raises(LaunchError, match='^model.neck.init_cfg'):
-        cli.check_pretrained_files(cfg)
-
-
-def test_amp(on_gpu):
-    cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
-    cli.use_amp(cfg)
-    assert cfg.optim_wrapper == dict(type='AmpOptimWrapper', loss_scale='dynamic')
-    cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper', loss_scale=512.)))
-    cli.use_amp(cfg)
-    assert cfg.optim_wrapper.loss_scale == 512.
-    with pytest.raises(LaunchError, match="optim_wrapper.type must be .* got 'Own'"):
-        cli.use_amp(Config(dict(optim_wrapper=dict(type='Own'))))
-
-
-def test_amp_of_a_class(on_gpu):
-    cfg = Config(dict(optim_wrapper=dict(type=OptimWrapper)))
-    cli.use_amp(cfg)
-    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
-
-
-def test_amp_without_gpu(on_cpu):
-    with pytest.raises(LaunchError, match='--amp needs a GPU'):
-        cli.use_amp(Config(dict(optim_wrapper=dict(type='OptimWrapper'))))
-
-
-def test_auto_scale_lr():
-    cfg = Config(dict(auto_scale_lr=dict(enable=False, base_batch_size=16)))
-    cli.use_auto_scale_lr(cfg)
-    assert cfg.auto_scale_lr.enable is True
-    for without in (dict(), dict(auto_scale_lr=dict(enable=False))):
-        with pytest.raises(LaunchError, match='auto_scale_lr.base_batch_size'):
-            cli.use_auto_scale_lr(Config(without))
+def test_an_address_is_no_local_file():
+    cli.check_checkpoint_path('load_from', 'https://example.org/a.pth')
+    with pytest.raises(LaunchError, match="load_from: no file 'no/a.pth'"):
+        cli.check_checkpoint_path('load_from', 'no/a.pth')
 
 
 def exceptions_of_the_package() -> list[type]:
@@ -213,6 +116,19 @@ def test_a_wrong_option_of_a_backbone_is_one_line(options, key, capsys, monkeypa
     monkeypatch.delenv('MMPROTUNE_DEBUG', raising=False)
     cfg = dict(type='mmprotune.PromptedBackbone', backbone=RESNET18, freeze='all', **options)
     assert cli.run_tool(lambda: build(cfg)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and ': error: ' in lines[0] and key in lines[0]
+
+
+@pytest.mark.parametrize('build_it, key', [
+    (lambda: TRANSFORMS.build(dict(type='mmprotune.Corrupt', corruption='fog', severity=0)),
+     'severity must be 1 to 5, got 0'),
+    (lambda: DATASETS.build(dict(type='mmprotune.LongTailedDataset', dataset=3)),
+     'dataset must be a dataset'),
+    (lambda: mmprotune.protune(Config()), 'expected a config with model.backbone')])
+def test_a_wrong_option_of_what_is_no_model_is_one_line(build_it, key, capsys, monkeypatch):
+    monkeypatch.delenv('MMPROTUNE_DEBUG', raising=False)
+    assert cli.run_tool(build_it) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and ': error: ' in lines[0] and key in lines[0]
 

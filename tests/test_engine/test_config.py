@@ -61,7 +61,7 @@ def test_a_backbone_further_inside():
 
 def test_one_of_several_backbones():
     name = 'mmdet::deepsort/deepsort_faster-rcnn_r50_fpn_8xb2-4e_mot17train_test-mot17test.py'
-    with pytest.raises(ValueError, match=r'2 backbones: model\.detector\.backbone, '
+    with pytest.raises(LaunchError, match=r'2 backbones: model\.detector\.backbone, '
                        r'model\.reid\.backbone\. Wrap the one .*mmprotune\.PromptedBackbone'):
         protune(get_config(name))
     cfg = get_config(name)
@@ -114,7 +114,7 @@ def test_types_that_are_classes(resnet18_file):
 
 @pytest.mark.parametrize('content', [dict(), dict(model=dict(type='X')), dict(model=None)])
 def test_no_backbone(content):
-    with pytest.raises(ValueError, match='expected a config with model.backbone'):
+    with pytest.raises(LaunchError, match='expected a config with model.backbone'):
         protune(Config(content))
 
 

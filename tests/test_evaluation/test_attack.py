@@ -9,6 +9,7 @@ from mmpretrain.models import ClsDataPreprocessor
 from mmpretrain.structures import DataSample
 from torch import nn
 
+from mmprotune.errors import OptionError
 from mmprotune.evaluation import AttackedClassifier, PixelClassifier, perturb
 from mmprotune.evaluation.attack import input_gradients
 
@@ -208,7 +209,7 @@ def test_all_four_of_autoattack_are_no_weaker_than_pgd(prompted):
 
 def test_autoattack_needs_four_classes(linear):
     pytest.importorskip('pyautoattack')
-    with pytest.raises(ValueError, match='at least 4 classes, got 2'):
+    with pytest.raises(OptionError, match='at least 4 classes, got 2'):
         perturb(linear, torch.rand(2, 3, 2, 2), torch.tensor([0, 1]), 'autoattack', 1.)
 
 
@@ -254,13 +255,13 @@ def test_wrapper_loads_the_classifiers_checkpoint(prompted):
     (dict(kind='pgd', eps=1, steps=0), 'steps must be at least 1, got 0'),
 ])
 def test_wrong_attacks(prompted, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OptionError, match=message):
         perturb(prompted, *batch(), **arguments)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OptionError, match=message):
         AttackedClassifier(prompted, arguments)
 
 
 def test_normalised_images_are_refused(prompted):
     pixels, labels = batch()
-    with pytest.raises(ValueError, match='expected pixels between 0 and 255, got -'):
+    with pytest.raises(OptionError, match='expected pixels between 0 and 255, got -'):
         perturb(prompted, pixels / 100 - 1, labels, 'fgsm', 1)

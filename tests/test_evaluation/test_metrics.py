@@ -5,6 +5,7 @@ import pytest
 import torch
 from mmengine.evaluator import Evaluator
 
+from mmprotune.errors import OptionError
 from mmprotune.evaluation import (
     CalibrationError,
     ShotAccuracy,
@@ -66,13 +67,13 @@ def test_metric_counts_the_training_set(tmp_path):
 
 
 def test_wrong_shots():
-    with pytest.raises(ValueError, match='either class_counts or train_dataset'):
+    with pytest.raises(OptionError, match='either class_counts or train_dataset'):
         ShotAccuracy()
-    with pytest.raises(ValueError, match='0 < few <= many, got few=30, many=20'):
+    with pytest.raises(OptionError, match='0 < few <= many, got few=30, many=20'):
         ShotAccuracy([1, 2], few=30, many=20)
     metric = ShotAccuracy([10, 20])
     metric.process(None, samples(np.eye(3), [0, 1, 2]))
-    with pytest.raises(ValueError, match='label 2 has no training count: class_counts has 2'):
+    with pytest.raises(OptionError, match='label 2 has no training count: class_counts has 2'):
         metric.evaluate(3)
 
 
@@ -106,15 +107,15 @@ def test_calibration_error_is_torchmetrics(bins):
         100 * scores.max(-1).values.mean().item(), abs=1e-3)
 
 
-@pytest.mark.parametrize(('confidence', 'bins', 'message'), [
-    ([0.5], 0, 'bins must be at least 1'),
-    ([], 5, 'at least one confidence'),
-    ([1.2], 5, r'confidences in \[0, 1\]'),
-    ([-0.1], 5, r'confidences in \[0, 1\]'),
+@pytest.mark.parametrize(('confidence', 'bins', 'error', 'message'), [
+    ([0.5], 0, OptionError, 'bins must be at least 1'),
+    ([], 5, ValueError, 'at least one confidence'),
+    ([1.2], 5, ValueError, r'confidences in \[0, 1\]'),
+    ([-0.1], 5, ValueError, r'confidences in \[0, 1\]'),
 ])
-def test_wrong_confidences(confidence, bins, message):
+def test_wrong_confidences(confidence, bins, error, message):
     confidence = torch.tensor(confidence)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         calibration_error(confidence, torch.ones_like(confidence), bins)
 
 

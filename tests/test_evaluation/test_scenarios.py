@@ -7,6 +7,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
+from mmprotune.errors import OptionError
 from mmprotune.evaluation.scenarios import Options, build_dataset, innermost, make_cells
 from mmprotune.registry import DATASETS, MODELS
 from tests.classification import CLASSES, classification_scope, draw_folder
@@ -80,3 +81,15 @@ def test_a_shifted_set_may_say_so_itself(folder):
     with classification_scope():
         cells = {cell.name: cell.to_rgb for cell in make_cells(cfg, 'ood', Options())}
     assert cells == dict(clean=False, files=True, arrays=True, piped=True)
+
+
+@pytest.mark.parametrize(('scenario', 'options', 'message'), [
+    ('frost', {}, "scenario must be one of .*, got 'frost'"),
+    ('adversarial', dict(limit=0), 'limit must be at least 1, got 0'),
+    ('adversarial', dict(attacks=['fgsm-3']), "'fgsm-3': only PGD has steps"),
+    ('adversarial', dict(attacks=['fgsm', 'fgsm']), 'cells are named twice'),
+])
+def test_wrong_options(folder, scenario, options, message):
+    cfg = config(folder, False, True, 'data_preprocessor')
+    with classification_scope(), pytest.raises(OptionError, match=message):
+        make_cells(cfg, scenario, Options(**options))

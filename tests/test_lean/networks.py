@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from mmprotune.lean import restore
+from mmprotune.lean.base import LeanLayer
 from mmprotune.lean.dry_run import tensors_in
-from mmprotune.lean.layers import LeanLayer
 from mmprotune.lean.memory import KeptBytes
 from tests.conftest import RESNET18, build, wake
 

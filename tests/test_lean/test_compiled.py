@@ -8,8 +8,8 @@ from torch import nn
 
 from mmprotune.freezing import freeze
 from mmprotune.lean import make_lean
+from mmprotune.lean.base import LeanLayer
 from mmprotune.lean.graph import TORCH_BEFORE_2_4
-from mmprotune.lean.layers import LeanLayer
 from mmprotune.lean.memory import KeptBytes
 from tests.test_lean.functions import draw
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from mmprotune import PromptBlock
 from mmprotune.lean import make_lean
+from mmprotune.lean.base import LeanLayer
 from mmprotune.lean.dry_run import tensors_in
-from mmprotune.lean.layers import LeanLayer, Linear
+from mmprotune.lean.layers import Linear
 from mmprotune.lean.prompts import add_prompt
 from tests.conftest import autocast
 from tests.test_lean.networks import (

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from mmprotune.lean import functional as lean
 from mmprotune.lean import table
+from mmprotune.lean.base import LeanLayer
 from mmprotune.lean.functional import activations
 from mmprotune.lean.graph import LeanState
-from mmprotune.lean.layers import LeanLayer
 from mmprotune.lean.prompts import PromptState, prompt_of
 from mmprotune.models.prompts.prompt_block import PromptBlock
 

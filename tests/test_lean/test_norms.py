@@ -8,7 +8,7 @@ from mmengine.model import revert_sync_batchnorm
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mmprotune.lean.layers import LeanLayer
+from mmprotune.lean.base import LeanLayer
 from tests.conftest import RESNET18
 from tests.test_lean.networks import (
     SMALL,

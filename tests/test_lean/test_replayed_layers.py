@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from mmprotune.lean import make_lean
+from mmprotune.lean.base import LeanLayer
 from mmprotune.lean.convert import restore, store_weights
 from mmprotune.lean.functional.attention import CHUNK_BYTES
-from mmprotune.lean.layers import LeanLayer
 from mmprotune.lean.memory import KeptBytes
 from tests.test_lean.functions import draw
 from tests.test_lean.networks import SMALL, distance, images, kept_by, ordinary, prompted

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from mmprotune.lean import make_lean
-from mmprotune.lean.layers import LeanLayer
+from mmprotune.lean.base import LeanLayer
 from tests.test_lean.networks import (
     images,
 )

@@ -317,7 +317,7 @@ def _check_places(name: str, library: str, kwargs: dict, size: tuple, result: di
 def _check_lean(model: nn.Module, image: Tensor, result: dict) -> None:
     """Compares the lean backbone with the ordinary one; the model is an ordinary one afterwards."""
     from mmprotune.lean import restore
-    from mmprotune.lean.layers import LeanLayer
+    from mmprotune.lean.base import LeanLayer
 
     def step() -> tuple[list[Tensor], list[Tensor], int]:
         torch.manual_seed(0)

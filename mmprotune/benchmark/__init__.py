@@ -1,0 +1,1 @@
+"""What a training step costs, by variant: what ``benchmark_training.py`` stands on."""
