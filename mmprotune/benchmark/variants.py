@@ -207,10 +207,8 @@ class Variant:
         # The same regions for every variant.
         torch.manual_seed(0)
         np.random.seed(0)
-        data = self._data()
-        with torch.autocast(self.device.type, self.amp, enabled=False):
-            losses = self.model(**data, mode='loss')
-            return self.model.parse_losses(losses)[0]
+        losses = self.model(**self._data(), mode='loss')
+        return self.model.parse_losses(losses)[0]
 
     def _data(self) -> dict:
         data = self.model.data_preprocessor(copy.deepcopy(self._batch), self.model.training)
