@@ -17,6 +17,7 @@ from mmprotune.freezing import (
 from mmprotune.freezing.fingerprint import identity
 
 from .identity import PACKED_BYTES, ROUNDING, difference, function_of
+from .norms import stop_synchronising
 from .pretrained import Built, PretrainedFileError, freeze_built
 
 
@@ -45,6 +46,7 @@ class FrozenBackbone(BaseModule):
         self._missing = built.missing
         self.names_with_mode: frozenset[str] = frozenset()
         self.frozen_names = freeze_built(built, everything=everything, trainable=trainable)
+        stop_synchronising(self.backbone, self.frozen_names)
         self.register_buffer('frozen_function', torch.zeros(PACKED_BYTES, dtype=torch.uint8))
         self.register_buffer('frozen_fingerprint', torch.zeros(32, dtype=torch.uint8))
         self._register_state_dict_hook(_drop_frozen)
@@ -71,11 +73,18 @@ class FrozenBackbone(BaseModule):
         the modules that decide about that are told the mode, with ``drop_path=True`` those that
         drop branches, and no others.
         """
+        # A Runner with `sync_bn` has made them of every norm.
+        names = stop_synchronising(self.backbone, self.frozen_names)
+        if names:
+            self._norms_replaced(names)
         super().train(mode)
         keep_frozen_in_eval(self.backbone)
         for name in self.names_with_mode:
             self.backbone.get_submodule(name).training = mode
         return self
+
+    def _norms_replaced(self, names: Sequence[str]) -> None:
+        """Called when other modules have taken the places of frozen norms."""
 
     def apply(self, fn: Callable[[nn.Module], None]) -> FrozenBackbone:
         """As PyTorch's, except that frozen tensors keep their values: an ``init_cfg`` of the model

@@ -19,6 +19,7 @@ from mmprotune.lean.dry_run import tensors_in
 from mmprotune.lean.graph import is_recorded
 from mmprotune.lean.int8 import scale_names
 from mmprotune.lean.options import LeanOptions, LeanReport
+from mmprotune.lean.table import lean_type, swap
 from mmprotune.registry import MODELS
 
 from . import calls
@@ -30,7 +31,7 @@ from .insertion import Stage
 from .modes import drop_paths, modules_with_mode
 from .options import check_arguments
 from .pretrained import build_backbone, given_backbone
-from .prompting import add_prompts, apply_prompt
+from .prompting import add_prompts, apply_prompt, attach_prompts
 from .trace import StageError, Trace
 
 
@@ -192,6 +193,12 @@ class PromptedBackbone(FrozenBackbone):
                 print_log(f'backbone_dtype={backbone_dtype!r}: these stay as they are: '
                           f'{", ".join(kept)}', logger='current', level=logging.WARNING)
 
+    def _norms_replaced(self, names: Sequence[str]) -> None:
+        attach_prompts(self)
+        for name in names if self.lean is not False else ():
+            norm = self.backbone.get_submodule(name)
+            swap(norm, lean_type(norm), name)
+
     # --- forward ------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args, **kwargs):
@@ -204,6 +211,8 @@ class PromptedBackbone(FrozenBackbone):
             What the wrapped backbone returns.
         """
         self.require_weights()
+        if not is_recorded():
+            attach_prompts(self)
         outer = calls.current(self) or calls.Call(None)
         call = calls.Call(tuple(x.shape[-2:]), calls.is_plain(self), outer.note)
         with calls.opened(self, call):

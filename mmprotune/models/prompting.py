@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from functools import partial
 
@@ -18,6 +19,8 @@ from .identity import pinned
 from .insertion import Stage, Tap, find_places
 from .layout import as_map
 from .trace import Trace
+
+_ATTACHING = threading.Lock()
 
 
 def add_prompts(owner: nn.Module, prompt: dict, stages: str | Sequence[str], stem: bool) -> Trace:
@@ -47,7 +50,6 @@ def add_prompts(owner: nn.Module, prompt: dict, stages: str | Sequence[str], ste
                           "use last_stage='residual'")
     if owner.last_stage == 'none' and not remarks.is_last_unread:
         found = [stage for stage in found if stage.path != last]
-    modules = dict(owner.backbone.named_modules())
     for stage in found:
         cfg = dict(prompt, channels=stage.channels)
         serial = owner.last_stage == 'serial' and stage.path == last
@@ -64,12 +66,35 @@ def add_prompts(owner: nn.Module, prompt: dict, stages: str | Sequence[str], ste
                               "last_stage='residual' or another prompt.type")
         owner.prompts[stage.name] = block
         owner.stages.append(stage)
-        owner._handles.append(
-            modules[stage.path].register_forward_hook(Tap(owner, stage), with_kwargs=True))
     if not owner.stages:
         raise OptionError(f'no prompt is left: {last} is the only stage and '
                           f'last_stage={owner.last_stage!r}; prompt=None is the way to have none')
+    attach_prompts(owner)
     return trace
+
+
+def attach_prompts(owner: nn.Module) -> None:
+    """Hooks prompts behind the modules of their places, where they are not yet.
+
+    What fuses convolutions with norms, or converts norms, puts other modules in their place, which
+    have no hooks.
+
+    Args:
+        owner (nn.Module): The prompted backbone.
+    """
+    for stage in owner.stages:
+        module = owner.backbone.get_submodule(stage.path)
+        if not _has_tap(owner, stage, module):
+            with _ATTACHING:
+                # Whoever wraps the module keeps its hooks inside.
+                if not any(_has_tap(owner, stage, inner) for inner in module.modules()):
+                    owner._handles.append(
+                        module.register_forward_hook(Tap(owner, stage), with_kwargs=True))
+
+
+def _has_tap(owner: nn.Module, stage: Stage, module: nn.Module) -> bool:
+    return any(isinstance(hook, Tap) and hook.owner is owner and hook.stage == stage
+               for hook in module._forward_hooks.values())
 
 
 def apply_prompt(owner: nn.Module, stage: Stage, x: Tensor, args: tuple,
