@@ -485,7 +485,7 @@ def test_tests_get_their_arguments(checkout):
     (checkout.root / 'test_it.py').write_text('def test_one(): pass\ndef test_two(): pass\n')
     result = checkout.run('run_tests.sh', '-c', os.devnull, '-k', 'two', 'test_it.py')
     assert result.returncode == 0, result.stdout + result.stderr
-    assert '1 passed, 1 deselected' in result.stdout
+    assert '1 passed' in result.stdout
 
 
 def test_the_site_installs_what_it_takes_once(checkout):
