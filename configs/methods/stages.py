@@ -1,2 +1,3 @@
 # Pro-tuning as its paper draws it: a prompt at the end of each stage.
-backbone = dict(type='mmprotune.PromptedBackbone', prompt=dict(type='mmprotune.PromptBlock'))
+backbone = dict(
+    type='mmprotune.PromptedBackbone', insert='stages', prompt=dict(type='mmprotune.PromptBlock'))

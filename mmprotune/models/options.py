@@ -20,7 +20,7 @@ def check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dt
                                 ('backbone_dtype', backbone_dtype, (None, *STORAGE_DTYPES))):
         if value not in choices:
             raise OptionError(f'{key} must be one of {choices}, got {value!r}')
-    if insert != 'stages' and last_stage != 'residual':
+    if insert not in ('stages', 'auto') and last_stage != 'residual':
         raise OptionError(f'last_stage={last_stage!r} is for prompts at stage ends, got '
                           f'insert={insert!r}')
     if LeanOptions.parse(lean) is None and backbone_dtype is not None:

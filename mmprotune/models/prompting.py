@@ -43,6 +43,9 @@ def add_prompts(owner: nn.Module, prompt: dict, stages: str | Sequence[str], ste
     for remark in remarks:
         print_log(remark, logger='current', level=logging.WARNING)
     last = found[-1].path
+    if owner.last_stage != 'residual' and not found[-1].name.startswith('stage'):
+        raise OptionError(f'last_stage={owner.last_stage!r} is for prompts at stage ends, got '
+                          f"insert={owner.insert!r}, which is 'narrow' here")
     if owner.last_stage == 'serial' and remarks.is_last_unread:
         raise OptionError("last_stage='serial' passes on the last prompt alone, but no output "
                           f'of {type(owner.backbone).__name__} depends on it ({remarks[-1]}); '

@@ -139,6 +139,7 @@ def test_patterns_by_hand():
 @pytest.mark.parametrize('cfg, options, error, match', [
     (RESNET18, dict(insert='block'), ValueError, "insert must be one of .*'blocks'.*got 'block'"),
     (RESNET18, dict(insert='blocks', last_stage='serial'), ValueError, 'prompts at stage ends'),
+    (RESNET18, dict(insert='auto', last_stage='none'), ValueError, "which is 'narrow' here"),
     (RESNET18, dict(insert='blocks', stages=['layer1']), ValueError, 'stages names the places'),
     (VGG, dict(insert='narrow'), StageError,
      "insert='narrow': no residual branch was found in VGG; others are 'stages'"),
