@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,11 @@ CHUNK_BYTES = dict(cpu=4 << 20)
 CHUNK_BYTES_ELSEWHERE = 256 << 20
 
 
-def parts(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of the batch and of the heads whose probabilities are few enough.
+Part = Any  # slices of the batch and of the heads; an ellipsis for all at once
+
+
+def parts(q: Tensor, k: Tensor) -> Iterator[Part]:
+    """Parts of the batch and of the heads whose probabilities are few enough.
 
     Args:
         q (Tensor): Queries of shape (B, heads, tokens, channels).
@@ -30,6 +34,9 @@ def parts(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
     limit = CHUNK_BYTES.get(q.device.type, CHUNK_BYTES_ELSEWHERE)
     count = max(1, limit // max(1, q.size(2) * k.size(2) * q.element_size()))
     batch, heads = max(1, count // q.size(1)), min(count, q.size(1))
+    if batch >= q.size(0) and heads == q.size(1):
+        yield ...
+        return
     for b in range(0, max(1, q.size(0)), batch):
         for h in range(0, q.size(1), heads):
             yield slice(b, min(b + batch, q.size(0))), slice(h, min(h + heads, q.size(1)))
@@ -43,26 +50,30 @@ class _Attention:
         self.heads, self.scale, self.divides = heads, scale, divides
         self.expand = expand or (lambda biases: biases)
 
-    def split(self, projected: Sequence[Tensor]) -> list[Tensor]:
+    def split(self, projected: Sequence[Tensor]) -> Sequence[Tensor]:
         """Views of queries, keys and values, each of shape (B, heads, tokens, channels)."""
         if len(projected) == 1:
-            projected = projected[0].chunk(3, dim=-1)
-        return [p.unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projected]
+            return projected[0].unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return [self.of_heads(p) for p in projected]
+
+    def of_heads(self, x: Tensor) -> Tensor:
+        """A view of shape (B, heads, tokens, channels)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def probabilities(self, q: Tensor, k: Tensor, biases: Sequence[Tensor],
-                      part: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
+                      part: Part) -> tuple[Tensor, Tensor, Tensor]:
         """Probabilities (matrices, tokens, tokens), scaled queries and keys (matrices, tokens,
         channels) of one part."""
-        shape = q[part].shape[:3]
-        # Contiguous first: products of strided matrices would each copy them, and transposed.
         q, k = q[part], _matrices(k[part])
+        shape = q.shape[:3]
+        # Contiguous first: products of strided matrices would each copy them, and transposed.
         q = q.clone(memory_format=torch.contiguous_format).flatten(0, 1)
         q = q.div_(1 / self.scale) if self.divides else q.mul_(self.scale)
         scores = torch.bmm(q, k.transpose(1, 2))
         if biases:
             scores = scores.view(*shape, -1)
             for bias in biases:
-                bias = _rows(bias, *part)
+                bias = _rows(bias, part, shape[0])
                 scores = scores.add_(bias) if scores.dtype == bias.dtype else scores + bias
             scores = scores.flatten(0, 1)
         return scores.softmax(dim=-1), q, k
@@ -76,15 +87,15 @@ class _Attention:
             if out is None:  # in the layout of the queries
                 like = projected[0] if len(projected) > 1 else projected[0].chunk(3, dim=-1)[0]
                 out = torch.empty_like(like, dtype=mixed.dtype)
-                heads = self.split([out, out, out])[0]
-            heads[part] = mixed.view(heads[part].shape)
+                heads = self.of_heads(out)
+            _fill(heads[part], mixed)
         return out
 
     def backward(self, grad: Tensor, projected: Sequence[Tensor], biases: Sequence[Tensor],
                  precision: Precision) -> list[Tensor]:
         q, k, v = self.split(projected)
         biases = self.expand(biases)
-        grad = grad.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        grad = self.of_heads(grad)
         gradients = [torch.empty_like(p) for p in projected]
         q_grad, k_grad, v_grad = self.split(gradients)
         for part in parts(q, k):
@@ -98,11 +109,11 @@ class _Attention:
             for target, value in (
                 (v_grad, torch.bmm(mixing.to(g.dtype).transpose(1, 2), g)), (q_grad, of_q),
                     (k_grad, of_k)):
-                target[part] = value.view(target[part].shape)
+                _fill(target[part], value)
         return gradients
 
     def gradients(self, scores: Tensor, queries: Tensor, keys: Tensor, q: Tensor, k: Tensor,
-                  part: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
+                  part: Part) -> tuple[Tensor, Tensor]:
         """Of one part of the queries and the keys, from the gradient of the scores."""
         return (torch.bmm(scores, keys).mul_(self.scale),
                 torch.bmm(scores.transpose(1, 2), queries))
@@ -115,18 +126,21 @@ class _CosineAttention(_Attention):
         super().__init__(heads, 1.)
         self.factors = factors
 
+    def _factors(self, part: Part) -> Tensor:
+        return self.factors if part is ... else self.factors[part[1]]
+
     def probabilities(self, q: Tensor, k: Tensor, biases: Sequence[Tensor],
-                      part: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
+                      part: Part) -> tuple[Tensor, Tensor, Tensor]:
         shape = q[part].shape[:3]
         q, k = (F.normalize(_matrices(t[part]), dim=-1) for t in (q, k))
-        scores = torch.bmm(q, k.transpose(1, 2)).view(*shape, -1).mul_(self.factors[part[1]])
+        scores = torch.bmm(q, k.transpose(1, 2)).view(*shape, -1).mul_(self._factors(part))
         for bias in biases:
-            scores = scores.add_(_rows(bias, *part))
+            scores = scores.add_(_rows(bias, part, shape[0]))
         return scores.flatten(0, 1).softmax(dim=-1), q, k
 
     def gradients(self, scores: Tensor, queries: Tensor, keys: Tensor, q: Tensor, k: Tensor,
-                  part: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
-        scores = scores.view(*q[part].shape[:3], -1).mul(self.factors[part[1]]).flatten(0, 1)
+                  part: Part) -> tuple[Tensor, Tensor]:
+        scores = scores.view(*q[part].shape[:3], -1).mul(self._factors(part)).flatten(0, 1)
         return (_through_normalize(torch.bmm(scores, keys), queries, q[part]),
                 _through_normalize(torch.bmm(scores.transpose(1, 2), queries), keys, k[part]))
 
@@ -144,8 +158,16 @@ def _matrices(part: Tensor) -> Tensor:
     return part.contiguous().flatten(0, 1)
 
 
-def _rows(bias: Tensor, batch: slice, heads: slice) -> Tensor:
+def _fill(part: Tensor, matrices: Tensor) -> None:
+    """The inverse of :func:`_matrices`, into a tensor that is there."""
+    part.copy_(matrices.view(part.shape))
+
+
+def _rows(bias: Tensor, part: Part, size: int) -> Tensor:
     """The part of a bias of shape (1 or a divisor of B, 1 or heads, tokens, tokens)."""
+    if part is ...:
+        return bias if bias.size(0) == 1 else bias.repeat(size // bias.size(0), 1, 1, 1)
+    batch, heads = part
     if bias.size(1) > 1:
         bias = bias[:, heads]
     if bias.size(0) == 1:
