@@ -6,11 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .base import stand_in
 from .dropout import Draws, as_now
-from .graph import FrozenLayerError
+from .graph import FrozenLayerError, once_differentiable
 from .precision import Precision, without_autocast
 
 aten = torch.ops.aten

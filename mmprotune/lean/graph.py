@@ -58,9 +58,11 @@ def builds_graph(*tensors: Tensor | None) -> bool:
     Args:
         *tensors (Tensor, optional): Its inputs.
     """
-    if not torch.is_grad_enabled() or is_recorded():
-        return False
-    return any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return not is_recorded()
+    return False
 
 
 def check_frozen(*parameters: Tensor | None) -> None:
@@ -77,6 +79,21 @@ def check_frozen(*parameters: Tensor | None) -> None:
             'a lean layer gives its own parameters no gradient, but requires_grad of one of them '
             'was set to True after the model was built; name it in model.backbone.trainable '
             'instead, or set model.backbone.lean=False')
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """PyTorch's decorator, but free of charge where nobody asks for second derivatives: its switch
+    of the gradient mode, which is off then, takes as long as a small operator.
+
+    Args:
+        backward (Callable): Of a custom function.
+    """
+    refusing = torch.autograd.function.once_differentiable(backward)
+
+    def run(ctx, *grads):
+        return (refusing if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return run
 
 
 def unviewed(y: Tensor) -> Tensor:

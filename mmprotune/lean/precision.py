@@ -6,6 +6,8 @@ import contextlib
 import torch
 from torch import Tensor
 
+_AS_IT_IS = contextlib.nullcontext()
+
 
 class Precision:
     """The autocast state of a forward pass, to compute something again in the same dtypes.
@@ -33,8 +35,8 @@ def is_autocast(device_type: str) -> bool:
 
 
 def _autocast(device_type: str, enabled: bool, dtype: torch.dtype | None):
-    if not enabled and not _autocast_state(device_type)[0]:
-        return contextlib.nullcontext()
+    if not enabled and not is_autocast(device_type):
+        return _AS_IT_IS
     return torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
@@ -58,12 +60,10 @@ def cast(weight: Tensor | None, x: Tensor, scale: Tensor | None = None) -> Tenso
         x (Tensor): What it is applied to.
         scale (Tensor, optional): Of a weight in 8 bits. Defaults to None.
     """
-    if weight is None:
-        return None
-    if _autocast_state(x.device.type)[0]:
-        return weight if scale is None else converted(weight, scale.dtype, scale)
-    if scale is None and weight.element_size() >= x.element_size():
+    if weight is None or scale is None and weight.element_size() >= x.element_size():
         return weight
+    if is_autocast(x.device.type):
+        return weight if scale is None else converted(weight, scale.dtype, scale)
     return converted(weight, x.dtype, scale)
 
 

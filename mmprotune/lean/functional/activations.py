@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..graph import Kept, Producer, builds_graph
+from ..graph import Kept, Producer, builds_graph, once_differentiable
 from ..precision import without_autocast
 from .bits import fills_memory, pack_bits, select_bits
 

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..graph import Kept, Producer, builds_graph, check_frozen
+from ..graph import Kept, Producer, builds_graph, check_frozen, once_differentiable
 from ..precision import Precision, without_autocast
 
 aten = torch.ops.aten

@@ -43,7 +43,7 @@ def pack(x: Tensor) -> Tensor:
     if x.dtype is torch.bool:
         x = x.view(torch.uint8)
     with torch.cuda.device_of(x):
-        _pack[triton.cdiv(count, 8 * BYTES), ](x, bits, count, block=BYTES)
+        _pack[-(-count // (8 * BYTES)), ](x, bits, count, block=BYTES)
     return bits
 
 
@@ -57,5 +57,5 @@ def select(grad: Tensor, bits: Tensor) -> Tensor:
     count = grad.numel()
     out = torch.empty_like(grad)  # of the same strides, as the memory is filled
     with torch.cuda.device_of(grad):
-        _select[triton.cdiv(count, ELEMENTS), ](grad, bits, out, count, block=ELEMENTS)
+        _select[-(-count // ELEMENTS), ](grad, bits, out, count, block=ELEMENTS)
     return out

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .. import compiled
-from ..graph import LeanState, Producer, builds_graph, check_frozen, is_compiled
+from ..graph import (
+    LeanState,
+    Producer,
+    builds_graph,
+    check_frozen,
+    is_compiled,
+    once_differentiable,
+)
 from ..precision import cast, converted, without_autocast
 
 aten = torch.ops.aten

@@ -3,11 +3,18 @@ from __future__ import annotations
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .. import onednn
-from ..graph import LeanState, Producer, builds_graph, check_frozen, is_recorded, unviewed
+from ..graph import (
+    LeanState,
+    Producer,
+    builds_graph,
+    check_frozen,
+    is_recorded,
+    once_differentiable,
+    unviewed,
+)
 from ..precision import cast, converted, without_autocast
 
 

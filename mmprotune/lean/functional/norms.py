@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..graph import Kept, Origin, Producer, builds_graph, check_frozen
-from ..precision import Precision, without_autocast
+from ..graph import Kept, Origin, Producer, builds_graph, check_frozen, once_differentiable
+from ..precision import is_autocast, without_autocast
 from .convolution import memory_format_of
 
 aten = torch.ops.aten
@@ -71,7 +70,7 @@ class _LayerNorm(Function):
 
     @staticmethod
     def forward(ctx, x, kept, shape, weight, bias, eps):
-        if Precision(x.device).enabled:  # which knows F.layer_norm and decides its dtype
+        if is_autocast(x.device.type):  # which knows F.layer_norm and decides its dtype
             y, mean, rstd = F.layer_norm(x, shape, weight, bias, eps), None, None
         else:
             y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)

@@ -4,11 +4,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
-from ..graph import builds_graph
+from ..graph import builds_graph, once_differentiable
 from .convolution import memory_format_of
 
 aten = torch.ops.aten

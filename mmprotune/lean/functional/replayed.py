@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from ..graph import Needed, builds_graph, unviewed
+from ..graph import Needed, builds_graph, once_differentiable, unviewed
 from ..precision import Precision, without_autocast
 from .attention import parts
 
