@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from . import functional
 from .base import LeanLayer, stand_in
-from .graph import TORCH_BEFORE_2_3, builds_graph, check_frozen, is_recorded
+from .graph import TORCH_BEFORE_2_3, builds_graph, check_frozen, is_recorded, wants_gradient
 from .int8 import scale_of
 from .precision import is_autocast
 
@@ -24,7 +24,7 @@ class MultiheadAttention(LeanLayer):
         return self.in_proj_weight
 
     def _trains(self) -> bool:  # it computes with its child's parameters
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        return wants_gradient(self.parameters())
 
     def forward(self,
                 query: Tensor,

@@ -3,10 +3,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from .graph import LeanState
+from .graph import LeanState, wants_gradient
 from .int8 import weights_in
 from .precision import cast
 
@@ -41,8 +40,7 @@ class LeanLayer:
     def _trains(self) -> bool:
         """Whether a parameter of its own has to get a gradient: somebody set ``requires_grad``
         later, or put another one in its place, as tools that fuse norms do."""
-        return torch.is_grad_enabled() and any(
-            p is not None and p.requires_grad for p in self._parameters.values())
+        return wants_gradient(self._parameters.values())
 
     def _stock(self, x: Tensor, *args, **kwargs):
         """What the stock layer computes, gradients of its parameters included. Weights that are

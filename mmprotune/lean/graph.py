@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -52,17 +52,26 @@ def is_compiled() -> bool:
     return _is_compiling() and not TORCH_BEFORE_2_4 and not _is_exporting()
 
 
+def wants_gradient(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd is on and one of these tensors requires a gradient.
+
+    Args:
+        tensors (Iterable[Tensor | None]): Inputs or parameters.
+    """
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
 def builds_graph(*tensors: Tensor | None) -> bool:
     """Whether a function of these tensors has to build an autograd graph of its own.
 
     Args:
         *tensors (Tensor, optional): Its inputs.
     """
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return not is_recorded()
-    return False
+    return wants_gradient(tensors) and not is_recorded()
 
 
 def check_frozen(*parameters: Tensor | None) -> None:
@@ -74,7 +83,7 @@ def check_frozen(*parameters: Tensor | None) -> None:
     Raises:
         FrozenLayerError: Gradient mode is on and one of them requires a gradient.
     """
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
+    if wants_gradient(parameters):
         raise FrozenLayerError(
             'a lean layer gives its own parameters no gradient, but requires_grad of one of them '
             'was set to True after the model was built; name it in model.backbone.trainable '
