@@ -6,6 +6,7 @@ import importlib.util
 import os
 import os.path as osp
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from urllib.error import URLError
@@ -71,8 +72,10 @@ def run_tool(main: Callable[[], None]) -> int:
     except Exception as error:
         told = error
         if not isinstance(error, (URLError, MMProtuneError)):
-            from mmprotune.datasets.checked import dataset_error  # with mmseg, which takes seconds
-            told = dataset_error(error)
+            told = _transformers_error(error)
+            if told is None:
+                from mmprotune.datasets.checked import dataset_error  # mmseg, which takes seconds
+                told = dataset_error(error)
         if told is None or os.environ.get('MMPROTUNE_DEBUG') == '1':
             raise
         if isinstance(told, URLError):
@@ -86,6 +89,21 @@ def run_tool(main: Callable[[], None]) -> int:
     if is_distributed():
         torch_dist.destroy_process_group()
     return 0
+
+
+def _transformers_error(error: Exception) -> LaunchError | None:
+    """Names transformers where mmpretrain misses what newer ones dropped.
+
+    mmpretrain imports its multimodal models whenever transformers is installed.
+    """
+    modules = [frame.filename.replace(os.sep, '/') for frame in
+               traceback.extract_tb(error.__traceback__) if frame.name == '<module>']
+    if (not isinstance(error, (ImportError, TypeError))
+            or not any('mmpretrain/models/multimodal' in file for file in modules)):
+        return None
+    found = getattr(sys.modules.get('transformers'), '__version__', '')
+    return LaunchError(f'mmpretrain does not import beside transformers {found} ({error}): '
+                       'pip install "transformers<4.52", or pip uninstall transformers')
 
 
 def read_config(args: argparse.Namespace) -> Config:

@@ -64,7 +64,8 @@ class FrozenBackbone(BaseModule):
         if self._missing is not None:
             raise PretrainedFileError(
                 f'backbone: {self.frozen_source} cannot be had ({self._missing}), and no full '
-                'checkpoint has filled the backbone')
+                'checkpoint has filled the backbone; a local file may be named in its '
+                'place, most often by model.backbone.backbone.init_cfg.checkpoint')
 
     def train(self, mode: bool = True) -> FrozenBackbone:
         """Sets the mode; whatever is frozen stays in eval mode.

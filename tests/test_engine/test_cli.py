@@ -5,6 +5,9 @@ import argparse
 import importlib
 import os
 import pkgutil
+import runpy
+import sys
+import types
 from urllib.error import URLError
 
 import pytest
@@ -143,6 +146,26 @@ def test_downloads_that_fail(monkeypatch, capsys, tmp_path):
     message = capsys.readouterr().err
     assert 'could not be downloaded: <urlopen error no route>' in message
     assert str(tmp_path / 'checkpoints') in message
+
+
+@pytest.mark.parametrize('source, cause', [
+    ('class BertPreTrainedModel(None): pass', 'NoneType takes no arguments'),  # 4.57 and newer
+    ('from json import GenerationMixin', "cannot import name 'GenerationMixin'")])
+def test_transformers_that_mmpretrain_does_not_import_with(
+        source, cause, capsys, monkeypatch, tmp_path):
+    file = tmp_path / 'mmpretrain' / 'models' / 'multimodal' / 'blip.py'
+    file.parent.mkdir(parents=True)
+    file.write_text(source)
+    monkeypatch.delenv('MMPROTUNE_DEBUG', raising=False)
+    monkeypatch.setitem(sys.modules, 'transformers', types.SimpleNamespace(__version__='5.24.0'))
+    assert cli.run_tool(lambda: runpy.run_path(str(file))) == 1
+    line, = capsys.readouterr().err.splitlines()
+    assert 'transformers 5.24.0' in line and cause in line and 'transformers<4.52' in line
+
+    other = tmp_path / 'other.py'
+    other.write_text(source)
+    with pytest.raises((ImportError, TypeError), match=cause):
+        cli.run_tool(lambda: runpy.run_path(str(other)))
 
 
 def test_other_errors_pass():

@@ -193,7 +193,8 @@ def test_a_prefix_that_would_fit_is_named(prompted_cfg, resnet18_file, tmp_path)
 def test_a_file_that_does_not_exist(prompted_cfg):
     prompted_cfg['backbone']['init_cfg']['checkpoint'] = 'no/such.pth'
     model = build(prompted_cfg)  # a full checkpoint may follow
-    message = 'no/such.pth cannot be had .*no/such.pth can not be found.*no full checkpoint'
+    message = 'no/such.pth cannot be had .*no/such.pth can not be found.*no full checkpoint' \
+        '.*init_cfg.checkpoint'
     x = torch.randn(1, 3, 64, 64)
     with pytest.raises(PretrainedFileError, match=message):
         model(x)

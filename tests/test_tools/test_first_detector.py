@@ -63,8 +63,7 @@ def test_the_page_makes_a_detector_and_a_picture(tmp_path, monkeypatch, capsys, 
     drawn = list(Path('work_dirs/my_detector').glob('*/drawn/*'))
     assert {path.name for path in drawn} == {f'{i}.png' for i in range(4)}
 
-    # Its config names a file to download; here it is the one that the run left.
-    Path('my_detector.py').write_text(Path('work_dirs/my_detector/my_detector.py').read_text())
+    # The config in the checkpoint names the file that the run had.
     exec(smaller(inference, ('epoch_6', 'epoch_1')), {})
     assert len(list(Path('found/vis').iterdir())) == 4
     command, = (line for block in blocks(PAGE, 'bash') for line in block.splitlines()
