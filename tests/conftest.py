@@ -19,6 +19,13 @@ RESNET18 = dict(
     type='mmdet.ResNet', depth=18, base_channels=8, norm_eval=True, out_indices=(0, 1, 2, 3))
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _mmdet_scope_of_fixtures():
+    """Those that a module's tests share come first, after whatever another module left."""
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _mmdet_scope():
     """Short type names mean mmdet's, as in its own configs."""

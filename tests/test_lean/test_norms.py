@@ -4,12 +4,10 @@ import copy
 import pytest
 import torch
 from mmcv.cnn.utils import fuse_conv_bn
-from mmengine.model import revert_sync_batchnorm
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmprotune.lean.base import LeanLayer
-from tests.conftest import RESNET18
 from tests.test_lean.networks import (
     SMALL,
     distance,
@@ -82,16 +80,6 @@ def test_norms_that_are_fused_by_pytorch():
     (outputs, gradients), (_, exact) = step(fused, x), step(model, x)
     assert distance(outputs, expected) < 1e-10
     assert distance(gradients.values(), exact.values()) < 1e-8
-
-
-def test_a_replaced_norm():
-    """MMEngine puts plain norms in place of synchronised ones."""
-    model = prompted(dict(RESNET18, norm_cfg=dict(type='SyncBN')))
-    x = images(1, 3, 64, 64)
-    expected = model.eval()(x)
-    other = revert_sync_batchnorm(copy.deepcopy(model)).eval()
-    assert not isinstance(other.backbone.bn1, LeanLayer)
-    assert all(map(torch.equal, other(x), expected))
 
 
 @pytest.mark.parametrize('layer', ['conv', 'bn'])
