@@ -195,9 +195,10 @@ class PromptedBackbone(FrozenBackbone):
 
     def _norms_replaced(self, names: Sequence[str]) -> None:
         attach_prompts(self)
-        for name in names if self.lean is not False else ():
-            norm = self.backbone.get_submodule(name)
-            swap(norm, lean_type(norm), name)
+        for name in names:
+            if name in self.lean_report.covered:
+                norm = self.backbone.get_submodule(name)
+                swap(norm, lean_type(norm), name)
 
     # --- forward ------------------------------------------------------------------------------
 

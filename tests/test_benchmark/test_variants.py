@@ -1,6 +1,5 @@
 """What the config of a variant says, how it trains, and what an ablation takes out."""
-import importlib.util
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +9,6 @@ from mmprotune.benchmark.variants import Variant, variant_cfg, without
 from mmprotune.engine import cli
 from mmprotune.lean import onednn
 from tests.test_tools.conftest import REPO
-
-spec = importlib.util.spec_from_file_location(
-    'benchmark_training', REPO / 'tools/analysis_tools/benchmark_training.py')
-tool = importlib.util.module_from_spec(spec)
-sys.modules['benchmark_training'] = tool
-spec.loader.exec_module(tool)
 
 CONFIG = str(REPO / 'configs/mask_rcnn_r18_protune_shapes.py')
 
@@ -31,8 +24,8 @@ def test_compiled_variants():
 @pytest.mark.parametrize('amp', [None, 'bfloat16'])
 def test_whole_models_train_under_autocast(amp):
     config = str(REPO / 'configs/resnet18_protune_cifar10.py')
-    args = tool.parse_args([config, '--size', '64', '--batch-size', '1', '--device', 'cpu',
-                            *(['--amp', amp] if amp else [])])
+    args = SimpleNamespace(size=64, batch_size=1, device='cpu', amp=amp, data=False,
+                           channels_last=False, backbone_only=False)
     cfg = cli.load_config(config)
     cfg.model.data_preprocessor = cfg.data_preprocessor
     init_default_scope('mmpretrain')

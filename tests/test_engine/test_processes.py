@@ -14,22 +14,10 @@ from mmprotune.engine import processes
 from mmprotune.engine.config import protune
 from mmprotune.engine.processes import CPU_WRAPPER, prepare_processes
 from mmprotune.engine.runner import build_runner
-from mmprotune.errors import (
-    LaunchError,
-)
+from mmprotune.errors import LaunchError
 
 SYNC = dict(type='SyncBN', requires_grad=True)
 MMCV_SYNC = dict(type='MMSyncBN', stats_mode='N', requires_grad=True)
-
-
-@pytest.fixture
-def on_cpu(monkeypatch):
-    monkeypatch.setattr(processes, 'get_device', lambda: 'cpu')
-
-
-@pytest.fixture
-def on_gpu(monkeypatch):
-    monkeypatch.setattr(processes, 'get_device', lambda: 'cuda')
 
 
 @pytest.fixture

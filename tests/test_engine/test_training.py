@@ -10,16 +10,6 @@ from mmprotune.engine import training
 from mmprotune.errors import LaunchError
 
 
-@pytest.fixture
-def on_cpu(monkeypatch):
-    monkeypatch.setattr(training, 'get_device', lambda: 'cpu')
-
-
-@pytest.fixture
-def on_gpu(monkeypatch):
-    monkeypatch.setattr(training, 'get_device', lambda: 'cuda')
-
-
 def test_resume_from_a_file(tmp_path):
     file = tmp_path / 'a.pth'
     file.touch()

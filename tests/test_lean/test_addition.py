@@ -102,13 +102,14 @@ def test_inference_is_the_same_in_its_own_memory():
 # --- features that are changed in place -------------------------------------------------------
 
 
-def test_a_network_that_changes_features_in_place():
+@pytest.mark.parametrize('name', ['InPlaceStages', 'CheckpointedInPlace'])
+def test_a_network_that_changes_features_in_place(name):
     """The prompt there keeps the feature from before."""
-    model = prompted(dict(type='mmprotune.InPlaceStages'), stages=['a', 'b'])
+    model = prompted(dict(type=f'mmprotune.{name}'), stages=['a', 'b'])
     assert [block.lean.saves for block in model.prompts.values()] == ['bottleneck', 'output']
     (_, found), (_, exact) = gradients(model, images()), gradients(ordinary(model), images())
-    for name, gradient in exact.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+    for parameter, gradient in exact.items():
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_that_changes_features_in_place_is_told_what_to_set():
@@ -121,14 +122,6 @@ def test_a_head_that_changes_features_in_place_is_told_what_to_set():
                 loss.backward()
         else:
             loss.backward()
-
-
-def test_a_checkpointed_network_that_changes_features_in_place():
-    model = prompted(dict(type='mmprotune.CheckpointedInPlace'), stages=['a', 'b'])
-    assert [block.lean.saves for block in model.prompts.values()] == ['bottleneck', 'output']
-    (_, found), (_, exact) = gradients(model, images()), gradients(ordinary(model), images())
-    for name, gradient in exact.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_between_forward_and_backward_is_refused():

@@ -2,15 +2,7 @@
 import pytest
 import torch
 
-from tests.test_lean.networks import (
-    SMALL,
-    distance,
-    images,
-    ordinary,
-    outputs_of,
-    prompted,
-    step,
-)
+from tests.test_lean.networks import SMALL, distance, images, ordinary, outputs_of, prompted, step
 
 THAWED = {
     'resnet': ['layer1.0.conv2.weight', 'layer3.0.bn1.bias', ''],

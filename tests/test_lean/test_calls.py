@@ -15,15 +15,7 @@ from mmprotune.lean import make_lean, restore
 from mmprotune.lean.dry_run import tensors_in
 from mmprotune.lean.memory import KeptBytes
 from tests.conftest import RESNET18, build
-from tests.test_lean.networks import (
-    SMALL,
-    distance,
-    images,
-    ordinary,
-    outputs_of,
-    prompted,
-    step,
-)
+from tests.test_lean.networks import SMALL, distance, images, ordinary, outputs_of, prompted, step
 
 
 def frozen(cfg):

@@ -23,15 +23,7 @@ from mmprotune.registry import MODELS
 from tests.classification import classifier_cfg
 from tests.conftest import RESNET18
 from tests.test_lean.functions import draw
-from tests.test_lean.networks import (
-    SMALL,
-    distance,
-    images,
-    ordinary,
-    outputs_of,
-    prompted,
-    step,
-)
+from tests.test_lean.networks import SMALL, distance, images, ordinary, outputs_of, prompted, step
 
 LAYERS = dict(
     conv1d=(lambda: nn.Conv1d(4, 6, 3, stride=2), (2, 4, 9)),
