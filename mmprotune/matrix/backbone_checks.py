@@ -12,7 +12,7 @@ import torch
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from mmprotune.errors import StageError
+from mmprotune.errors import MMProtuneError, StageError
 from mmprotune.lean import restore
 from mmprotune.lean.base import LeanLayer
 from mmprotune.lean.memory import KeptBytes
@@ -25,7 +25,7 @@ SIZES = ((64, 64), (96, 64), (128, 128), (224, 224), (256, 256), (299, 299), (32
          (1024, 1024), (192, 192), (160, 192))
 
 
-class _HostError(Exception):
+class _HostError(MMProtuneError):
     """The backbone itself does not build or run here; says nothing about prompts."""
 
 
