@@ -99,3 +99,13 @@ def test_copies_have_prompts_of_their_own(model):
     assert not all(map(torch.equal, model(images()), other(images())))
     assert all(map(torch.equal, model(images()), model(images())))
     assert len(other._handles) == len(model._handles)
+
+
+def test_norms_that_are_replaced_after_unwrap_stay_ordinary(model):
+    """Nothing is put back then: neither lean layers nor prompts."""
+    model.unwrap()
+    expected = [y.detach() for y in model.eval()(images())]
+    convert_sync_batchnorm(model, 'torch').train()  # frozen ones stop synchronising in any case
+    assert not any(isinstance(norm, (LeanLayer, nn.SyncBatchNorm)) for norm in norms(model))
+    assert not model.stages and not model._handles
+    assert all(map(torch.equal, model(images()), expected))
