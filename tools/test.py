@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         raise LaunchError(f'--out must end with .pkl or .pickle, got {args.out!r}')
     cfg = cli.set_up(args)
+    if cfg.get('test_dataloader') is None:
+        raise LaunchError('test_dataloader: the config names no test set')
     if args.show or args.show_dir:
         if args.tta and cfg.get('default_scope') == 'mmpretrain':
             raise LaunchError(

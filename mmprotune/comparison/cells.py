@@ -47,14 +47,16 @@ def cell_config(cfg: Config, method: Method, cell: Cell, split: Split | None,
     for key in ('dynamic_intervals', 'val_begin'):
         cfg.train_cfg.pop(key, None)
     cfg.train_cfg.val_interval = 10**9
-    for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
-        cfg.pop(key, None)
+    kept = None
+    keep = keep and cell.phase == 'final'
+    if not keep:  # weights that stay are to be tested
+        for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
+            cfg.pop(key, None)
     hooks = dict(cfg.get('default_hooks') or {})
     cfg.default_hooks = {name: hook for name, hook in hooks.items()
                          if not _is_idle(hook) and name != 'visualization'}
-    kept = None
     cfg.default_hooks['checkpoint'] = None  # or MMEngine adds its own
-    if keep and cell.phase == 'final':
+    if keep:
         kept = 'PromptCheckpointHook'
         cfg.default_hooks['checkpoint'] = dict(
             type='CheckpointHook', interval=-1, by_epoch=cfg.train_cfg.get('type') != (

@@ -18,7 +18,7 @@ from mmprotune.errors import LaunchError, listed
 from mmprotune.models.insertion import find_places
 
 KEYS = ('backbone', 'inner', 'trains', 'lr_scale')
-PARTS = ('norms', 'biases', 'last_stage')
+PARTS = ('norms', 'biases', 'first_stage', 'last_stage')
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def parts_of(backbone: nn.Module, part: str, method: str) -> list[str]:
     Raises:
         LaunchError: There is none.
     """
-    if part == 'last_stage':
-        names = _last_stage(backbone, method)
+    if part in ('first_stage', 'last_stage'):
+        names = _of_stage(backbone, part, method)
     else:
         names = [f'{path}.{name}' if path else name for path, module in backbone.named_modules()
                  for name, _ in module.named_parameters(recurse=False)
@@ -156,16 +156,18 @@ def parts_of(backbone: nn.Module, part: str, method: str) -> list[str]:
     return names
 
 
-def _last_stage(backbone: nn.Module, method: str) -> list[str]:
-    """Parameters of what comes behind the last stage end but one."""
+def _of_stage(backbone: nn.Module, part: str, method: str) -> list[str]:
+    """Parameters of the stem and the first stage, or of what comes behind the last one but one."""
     ends = list(dict.fromkeys(stage.path for stage in find_places(backbone, 'auto')[0]))
     if len(ends) < 2:
         raise LaunchError(f'{method}: {type(backbone).__name__} has one stage, {ends[0]}, which is '
                           'all of it')
     order = {path: place for place, (path, _) in enumerate(backbone.named_modules())}
-    before = max(place for path, place in order.items() if _is_inside(path, ends[-2]))
+    first = part == 'first_stage'
+    border = max(place for path, place in order.items()
+                 if _is_inside(path, ends[0 if first else -2]))
     return [name for name, _ in backbone.named_parameters()
-            if order.get(name.rpartition('.')[0], 0) > before]
+            if (order.get(name.rpartition('.')[0], 0) <= border) == first]
 
 
 def _is_inside(path: str, outer: str) -> bool:

@@ -69,9 +69,9 @@ def protune(cfg: Config, prompt_rates: dict | None = None, **options) -> Config:
                 node['paramwise_cfg'] = dict(node.get('paramwise_cfg') or {}, prompts=prompt_rates)
     for sentence in set_prompt_rates(cfg):
         print_log(sentence, logger='current')
-    constructor = (cfg.get('optim_wrapper') or {}).get('constructor')
-    if constructor is not None:
-        print_log(f'optim_wrapper.constructor={type_name(constructor)!r} is kept: it may '
+    constructor = type_name((cfg.get('optim_wrapper') or {}).get('constructor'))
+    if constructor not in ('', type_name(CONSTRUCTOR)):
+        print_log(f'optim_wrapper.constructor={constructor!r} is kept: it may '
                   'tell layers apart by names, which a wrapped backbone changes',
                   logger='current', level=logging.WARNING)
     return cfg

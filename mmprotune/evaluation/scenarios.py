@@ -92,6 +92,8 @@ def make_cells(cfg: Config, scenario: str, options: Options) -> list[Cell]:
         corruption=_corruption, adversarial=_adversarial, ood=_ood, longtail=_longtail)
     if scenario not in makers:
         raise OptionError(f'scenario must be one of {SCENARIOS}, got {scenario!r}')
+    if cfg.get('test_dataloader') is None:
+        raise ScenarioError('test_dataloader: the config names no test set')
     loader = _to_dict(cfg.test_dataloader)
     if options.limit is not None:
         limit_images(loader, options.limit)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 
 from mmprotune.comparison.methods import PARTS, apply_method, parts_of, read_method
 from mmprotune.config_nodes import type_name
@@ -62,6 +63,11 @@ def test_every_method_trains_the_head_and_its_own(name, resnet18_file, vit_file)
                        and ('.bn' in n or '.downsample.1.' in n)}
     elif name == 'partial1':
         assert old == {n for n in full if n.startswith('backbone.layer4')}
+    elif name == 'branches_early':
+        assert {n for n in own if not n.startswith('backbone.prompts.')} == {
+            f'backbone.{n}' for n in full
+            if n.startswith(('backbone.conv1', 'backbone.bn1', 'backbone.layer1'))}
+        assert any(n.startswith('backbone.prompts.') for n in own)
     elif name == 'lora':
         assert own and all('.lora_' in n for n in own)
         assert len(own) == 12 * 2 * 2  # blocks, layers, factors
@@ -74,6 +80,26 @@ def test_the_last_stage_of_a_plain_stack_is_its_last_quarter():
     assert {name.split('.')[1] for name in names if name.startswith('layers.')} == {
         '9', '10', '11'}
     assert not any(name.startswith(('patch_embed', 'pos_embed', 'cls_token')) for name in names)
+
+
+def test_the_first_stage_of_a_plain_stack_is_its_first_quarter_and_what_is_before():
+    backbone = build(VIT)
+    names = parts_of(backbone, 'first_stage', 'x')
+    assert {name.split('.')[1] for name in names if name.startswith('layers.')} == {'0', '1', '2'}
+    others = {name.split('.')[0] for name in names} - {'layers'}
+    assert others == {'cls_token', 'pos_embed', 'patch_embed'}
+
+
+def test_early_filters_train_at_a_tenth_of_the_rate(resnet18_file):
+    cfg = apply_method(classifier(RESNET18, resnet18_file), read_method('branches_early', FOLDER))
+    model = build(cfg.model)
+    rates = {}
+    for group in build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups:
+        rates.update({id(param): group['lr'] for param in group['params']})
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            early = name.startswith('backbone.backbone.')
+            assert rates[id(param)] == pytest.approx(1e-4 if early else 1e-3), name
 
 
 @pytest.mark.parametrize('part', PARTS)
@@ -112,7 +138,7 @@ def test_other_keys_are_merged_into_the_config(tmp_path, resnet18_file):
     ('backbone = dict(prompt=None)', 'backbone must be None .* type, got'),
     ("backbone = None\ntrains = 'norms'", "trains='norms' needs a backbone of type"),
     ("backbone = dict(type='mmprotune.PromptedBackbone')\ntrains = 'heads'",
-     'trains must be one of norms, biases, last_stage'),
+     'trains must be one of norms, biases, first_stage, last_stage'),
     ('backbone = None\nlr_scale = 0', 'lr_scale must be a positive number, got 0'),
     ("backbone = None\nlr_scale = 'a'", 'lr_scale must be a positive number'),
 ])

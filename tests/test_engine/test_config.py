@@ -13,6 +13,7 @@ from torch import nn
 
 from mmprotune import FreezeGuardHook, PromptedBackbone, protune
 from mmprotune.config_nodes import type_name
+from mmprotune.engine import config as engine_config
 from mmprotune.engine import optim
 from mmprotune.engine.config import CONSTRUCTOR, HOOKS, set_prompt_rates
 from mmprotune.engine.runner import build_runner
@@ -424,3 +425,16 @@ def test_a_rate_beside_another_constructor_is_refused():
         set_prompt_rates(config(constructor='Own', paramwise_cfg=dict(prompts=dict(lr_mult=2.))))
     sentence, = set_prompt_rates(config({'backbone': dict(lr_mult=0.1)}, constructor='Own'))
     assert "constructor='Own' is kept: it decides about the rate of prompts" in sentence
+
+
+@pytest.mark.parametrize(('constructor', 'warned'), [
+    (None, False), (CONSTRUCTOR, False), ('mmdet.Own', True)])
+def test_constructors_of_others_are_warned_of(monkeypatch, constructor, warned):
+    said = []
+    monkeypatch.setattr(engine_config, 'print_log', lambda text, **kwargs: said.append(text))
+    cfg = get_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
+    cfg.optim_wrapper.update(
+        paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}),
+        **({} if constructor is None else dict(constructor=constructor)))
+    protune(cfg)
+    assert any('tell layers apart' in text for text in said) == warned

@@ -7,7 +7,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
-from mmprotune.errors import OptionError
+from mmprotune.errors import OptionError, ScenarioError
 from mmprotune.evaluation.scenarios import Options, build_dataset, innermost, make_cells
 from mmprotune.registry import DATASETS, MODELS
 from tests.classification import CLASSES, classification_scope, draw_folder
@@ -93,3 +93,10 @@ def test_wrong_options(folder, scenario, options, message):
     cfg = config(folder, False, True, 'data_preprocessor')
     with classification_scope(), pytest.raises(OptionError, match=message):
         make_cells(cfg, scenario, Options(**options))
+
+
+def test_a_config_without_a_test_set(folder):
+    cfg = config(folder, False, True, 'data_preprocessor')
+    cfg.test_dataloader = None
+    with pytest.raises(ScenarioError, match='test_dataloader: the config names no test set'):
+        make_cells(cfg, 'corruption', Options())

@@ -282,6 +282,7 @@ def test_final_runs_leave_their_weights_where_asked(config, tmp_path):
     assert set(weights) == {'final_full', 'final_branches'}
     for name, path in weights.items():
         cfg = Config.fromfile(next(path.parent.glob('*.py')))
+        assert cfg.test_dataloader.dataset  # tools/test.py takes it
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             model = MODELS.build(cfg.model)
         slim = checkpoint.read(path)

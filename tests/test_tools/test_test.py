@@ -6,6 +6,7 @@ import pathlib
 import pickle
 
 import pytest
+import torch
 from mmengine.config import Config
 
 from mmprotune.engine import cli
@@ -45,6 +46,14 @@ def test_slim_checkpoint_gives_the_numbers_of_training(project, trained, tmp_pat
 def test_wrong_arguments(argv, message):
     with pytest.raises(LaunchError, match=message):
         tool.main(argv)
+
+
+def test_a_config_without_a_test_set(tmp_path):
+    config, weights = tmp_path / 'config.py', tmp_path / 'weights.pth'
+    config.write_text("default_scope = 'mmpretrain'\nmodel = dict(type='ImageClassifier')\n")
+    torch.save(dict(state_dict={}), weights)
+    with pytest.raises(LaunchError, match='test_dataloader: the config names no test set'):
+        tool.main([str(config), str(weights)])
 
 
 @pytest.mark.parametrize(('host', 'hook', 'expected'), [
