@@ -10,6 +10,7 @@ from mmprotune.lean import make_lean
 from mmprotune.lean.base import LeanLayer
 from mmprotune.lean.convert import restore, store_weights
 from mmprotune.lean.functional.attention import CHUNK_BYTES
+from mmprotune.lean.graph import TORCH_BEFORE_2_4
 from mmprotune.lean.memory import KeptBytes
 from tests.test_lean.functions import draw
 from tests.test_lean.networks import SMALL, distance, images, kept_by, ordinary, prompted
@@ -111,7 +112,7 @@ def test_exact_and_keeps_what_its_projection_made(name, again):
         floats -= dict(SwiGLU=64).get(name, 64 if 'GLU' in name else 3 * shape[-1])
     tokens = x.numel() // shape[-1]
     assert kept == 4 * tokens * (shape[-1] + 2 + floats) + (ROPE.nbytes if 'rope' in kwargs else 0)
-    assert kept < 0.85 * more
+    assert kept < (1. if TORCH_BEFORE_2_4 else 0.85) * more  # whose attention keeps other things
 
 
 @pytest.mark.parametrize('name', ['rotary', 'decomposed', 'windows'])
@@ -125,7 +126,8 @@ def test_one_matrix_of_probabilities_at_a_time(name, monkeypatch):
     assert distance([gradient.double()], [reference]) < 2e-6
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, pytest.param(
+    torch.float16, marks=pytest.mark.skipif(TORCH_BEFORE_2_4, reason='no such autocast there'))])
 @pytest.mark.parametrize('name', LAYERS)
 def test_under_autocast_the_hosts_gradient(name, dtype):
     lean, stock, _ = behind_a_norm(name)

@@ -16,6 +16,8 @@ TINY = dict(type='mmdet.ResNet', depth=18, base_channels=8, num_stages=1, stride
             dilations=(1, ), out_indices=(0, ))
 # AOTAutograd with the partitioner that inductor uses too, and nothing that takes a C++ compiler.
 BACKEND = 'aot_eager_decomp_partition'
+compiles = pytest.mark.skipif(
+    TORCH_BEFORE_2_4, reason='PyTorch 2.1 compiles no network with prompts, which runs as it is')
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +82,7 @@ def test_wrong_values_name_the_key(value, error, message):
     assert message in str(raised.value)
 
 
+@compiles
 def test_outputs_and_gradients_are_those_of_the_network_as_it_is():
     """In float64, against autograd of the ordinary layers: 1e-11 of their norm. Lean layers keep
     two thirds of what ordinary ones do, compiled alike."""
@@ -96,8 +99,7 @@ def test_outputs_and_gradients_are_those_of_the_network_as_it_is():
         assert distance(gradients.values(), wanted.values()) < 1e-11
         found[lean] = kept(model, x.clone().requires_grad_())
         assert len(graphs) == 1 and not model.compiled.failed
-    if not TORCH_BEFORE_2_4:
-        assert found[True] <= 0.67 * found[False]
+    assert found[True] <= 0.67 * found[False]
 
 
 def test_the_memory_budget_is_set_while_it_compiles():
@@ -142,6 +144,7 @@ def test_state_and_identity_do_not_know():
     assert {n for n, _ in model.named_modules()} == {n for n, _ in plain.named_modules()}
 
 
+@compiles
 def test_copies_compile_for_themselves():
     backend, graphs = counted()
     model = small(compile=dict(backend=backend)).eval()
@@ -160,6 +163,7 @@ def test_copies_compile_for_themselves():
     assert again.compiled is not model.compiled
 
 
+@compiles
 def test_many_sizes_cost_few_graphs():
     backend, graphs = counted()
     model = small(compile=dict(backend=backend)).eval()
@@ -184,10 +188,12 @@ def test_what_cannot_be_compiled_runs_as_it_is(log):
         assert distance(gradients.values(), wanted.values()) == 0
     assert model.compiled.failed
     message, = said(log)
-    assert 'ResNet cannot be compiled' in message and 'no such compiler' in message
+    assert 'ResNet cannot be compiled' in message
+    assert 'no such compiler' in message or TORCH_BEFORE_2_4  # which names a line of its own
     assert '\n' not in message
 
 
+@compiles
 def test_rates_that_are_numpys_numbers():
     """Of mmpretrain's drop path: the compiler would not branch by them."""
     model = prompted(dict(
@@ -198,6 +204,7 @@ def test_rates_that_are_numpys_numbers():
     assert not model.compiled.failed
 
 
+@compiles
 def test_a_size_too_many_runs_as_it_is(log):
     backend, graphs = counted()
     model = small(compile=dict(backend=backend, dynamic=False)).eval()
@@ -225,6 +232,7 @@ def test_where_there_is_no_compiler_it_runs_as_it_is(log, monkeypatch):
     assert 'not on this Python' in message
 
 
+@compiles
 def test_an_error_of_the_network_is_its_own(log):
     model = small(compile=dict(backend='eager'))
     norm = next(m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d))
@@ -236,6 +244,7 @@ def test_an_error_of_the_network_is_its_own(log):
     assert not model.compiled.failed and not said(log)
 
 
+@compiles
 def test_calls_that_look_at_prompts_run_as_they_are():
     backend, graphs = counted()
     model = small(compile=dict(backend=backend)).eval()
@@ -251,6 +260,7 @@ def test_calls_that_look_at_prompts_run_as_they_are():
     assert len(graphs) == 1
 
 
+@compiles
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet', 'swin', 'vit', 'convnext'])
 def test_networks(name):
@@ -265,6 +275,7 @@ def test_networks(name):
 
 
 @pytest.mark.slow
+@compiles
 def test_inductor():
     model, plain = small(compile=True), small()
     x = images(2, 3, 64, 64)

@@ -12,6 +12,7 @@ from mmengine.registry import DefaultScope
 
 from mmprotune import PromptBlock, checkpoint
 from mmprotune.errors import CheckpointError
+from mmprotune.lean.graph import TORCH_BEFORE_2_4
 from tests.conftest import build, wake
 from tests.test_models import test_layouts  # noqa: F401  registers ToyTokens
 
@@ -22,7 +23,9 @@ long = settings(quick, max_examples=3000, derandomize=False)
 
 # --- the block ------------------------------------------------------------------------------------
 
-DTYPES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
+DTYPES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2}
+if not TORCH_BEFORE_2_4:  # which has few operators for it on a CPU
+    DTYPES[torch.float16] = 0.2
 LAYOUTS = {'contiguous': torch.contiguous_format, 'channels last': torch.channels_last}
 
 

@@ -15,8 +15,9 @@ CHANNELS = (8, 16, 32, 64)
 def drawn(block: nn.Module, seed: int = 0) -> nn.Module:
     """The block in double precision, every parameter drawn."""
     generator = torch.Generator().manual_seed(seed)
-    for p in block.double().parameters():
-        nn.init.normal_(p, std=0.5, generator=generator)
+    with torch.no_grad():
+        for p in block.double().parameters():
+            p.normal_(std=0.5, generator=generator)
     return block
 
 
