@@ -13,6 +13,7 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 from mmprotune import protune
+from mmprotune.engine.hooks.stepping import before_step
 from mmprotune.engine.processes import prepare_processes
 from mmprotune.freezing import FrozenSnapshot, audit
 from mmprotune.models import PromptedBackbone
@@ -76,7 +77,7 @@ def check_prompted(run: Run, folder: Path, stock: dict) -> dict:
             if parameter.requires_grad and parameter.dim() > 1 and not parameter.any():
                 parameter.normal_(std=0.02)
     without = set(prompts)
-    wrapper.optimizer.register_step_pre_hook(lambda *_: without.difference_update(
+    before_step(wrapper.optimizer, lambda *_: without.difference_update(
         n for n, p in prompts.items() if p.grad is not None and p.grad.count_nonzero()))
     model.train()
     finite = take_step(model, cfg, stock['size'], wrapper)

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from mmprotune.engine.hooks.stepping import before_step
 from mmprotune.matrix import limits, stock
 from tests.test_matrix.conftest import SMALL, check
 
@@ -45,7 +46,7 @@ def test_a_stock_model_that_takes_no_step_says_nothing_about_prompts(monkeypatch
 
     def build(*args):
         wrapper = update(*args)
-        wrapper.optimizer.register_step_pre_hook(lambda *args: {}['x'])
+        before_step(wrapper.optimizer, lambda *args: {}['x'])
         return wrapper
 
     monkeypatch.setattr(stock, 'build_optim_wrapper', build)

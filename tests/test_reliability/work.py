@@ -31,6 +31,7 @@ from mmprotune import FrozenSnapshot
 from mmprotune.checkpoints import writing
 from mmprotune.engine import cli
 from mmprotune.engine.hooks import freeze_guard_hook
+from mmprotune.engine.hooks.stepping import before_step
 from tests.test_tools.conftest import load_tool
 
 _beacon: Connection | None = None
@@ -63,7 +64,7 @@ class Recorder(Hook):
         self.unused = wrapped and runner.model.find_unused_parameters
         if wrapped:
             runner.model.register_comm_hook(None, self._count)
-        runner.optim_wrapper.optimizer.register_step_pre_hook(self._note)
+        before_step(runner.optim_wrapper.optimizer, self._note)
 
     def _count(self, state, bucket):
         self.reduced[-1] += bucket.buffer().numel() * bucket.buffer().element_size()

@@ -13,6 +13,8 @@ from mmprotune.engine.processes import unwrapped
 from mmprotune.errors import NonFiniteError, OptionError
 from mmprotune.registry import HOOKS
 
+from .stepping import before_step
+
 COUNT = 'mmprotune_nonfinite_steps'
 
 
@@ -67,8 +69,7 @@ class NonFiniteGuardHook(Hook):
             self.skipped = runner.message_hub.get_info(COUNT)
         wrapper = runner.optim_wrapper
         self._wrappers = list(wrapper.values()) if hasattr(wrapper, 'values') else [wrapper]
-        self._handles = [w.optimizer.register_step_pre_hook(self._before_step)
-                         for w in self._wrappers]
+        self._handles = [before_step(w.optimizer, self._before_step) for w in self._wrappers]
         self._handles.append(self._model.register_forward_hook(self._note_losses, with_kwargs=True))
         parts = prompted_parts(self._model)
         for path, part in parts:

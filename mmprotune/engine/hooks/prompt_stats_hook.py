@@ -13,6 +13,8 @@ from mmprotune.engine.processes import unwrapped
 from mmprotune.errors import OptionError
 from mmprotune.registry import HOOKS
 
+from .stepping import before_step
+
 
 @HOOKS.register_module()
 class PromptStatsHook(Hook):
@@ -69,7 +71,7 @@ class PromptStatsHook(Hook):
                 '(mmprotune.engine.config.set_prompt_rates does), or add the key '
                 "'backbone.prompts' with the lr_mult that is meant")
         # Gradients are gone after the step, and not yet averaged or unscaled before it.
-        self._handles = [o.register_step_pre_hook(self._note_gradients) for o in optimizers]
+        self._handles = [before_step(o, self._note_gradients) for o in optimizers]
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         if self.every_n_train_iters(runner, self.interval) or self.is_last_train_iter(runner):
