@@ -190,7 +190,8 @@ def _attempt(network: Network, out: Path, size: tuple[int, int], dims: tuple[int
     inputs = [_noise(2, size)]
     if 'batch' in free:
         inputs += [_noise(1, size), _noise(3, size)]
-    other = (size[0] + 64 * ('height' in free), size[1] - 64 * ('width' in free))
+    # By one pixel of a map of stride 32: a program may hold for even numbers of them alone.
+    other = (size[0] + 32 * ('height' in free), size[1] - 32 * ('width' in free))
     if other != size:
         inputs.append(_noise(2, other))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from .precision import Precision
 TORCH_BEFORE_2_3 = torch.__version__ < (2, 3)
 TORCH_BEFORE_2_4 = torch.__version__ < (2, 4)
 _is_compiling = torch._utils.is_compiling if TORCH_BEFORE_2_3 else torch.compiler.is_compiling
-_is_exporting = getattr(getattr(torch, 'compiler', None), 'is_exporting', bool)
+_asks_exporting = getattr(torch.compiler, 'is_exporting', bool)
 
 
 class LeanState:
@@ -43,6 +43,12 @@ class LeanState:
 def is_recorded() -> bool:
     """Whether ``torch.compile`` or a tracer records the operators instead of running them."""
     return _is_compiling() or torch.jit.is_tracing()
+
+
+def _is_exporting() -> bool:
+    # To what they compile, PyTorch 2.10 and 2.11 answer that it is exported; 2.14 does not.
+    flag = getattr(torch.compiler, '_is_exporting_flag', None)
+    return _asks_exporting() if flag is None else flag
 
 
 def is_compiled() -> bool:

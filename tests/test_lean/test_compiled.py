@@ -1,15 +1,16 @@
 """What torch.compile keeps for the backward pass of lean layers, and what it computes."""
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from mmprotune.freezing import freeze
-from mmprotune.lean import make_lean
+from mmprotune.lean import graph, make_lean
 from mmprotune.lean.base import LeanLayer
-from mmprotune.lean.graph import TORCH_BEFORE_2_4
+from mmprotune.lean.graph import TORCH_BEFORE_2_4, is_compiled
 from mmprotune.lean.memory import KeptBytes
 from tests.test_lean.functions import draw
 
@@ -118,3 +119,24 @@ def test_an_export_holds_the_operators():
     targets = {str(node.target) for node in program.graph.nodes if node.op == 'call_function'}
     assert 'aten.conv2d.default' in targets and not any('autograd' in t for t in targets)
     assert math.isclose(float(program.module()(x).sum()), float(model(x).sum()), rel_tol=1e-4)
+
+
+class Asks(nn.Module):
+
+    def forward(self, x):
+        return x + is_compiled()
+
+
+def test_what_is_compiled_is_not_taken_for_exported(monkeypatch):
+    """PyTorch 2.10 and 2.11 do take it for that: lean layers were ordinary ones there."""
+    x = torch.zeros(1)
+    assert not is_compiled()
+    assert compiled(Asks())(x).item() == 1
+    for strict in (False, True):
+        assert torch.export.export(Asks(), (x, ), strict=strict).module()(x).item() == 0
+
+    monkeypatch.setattr(graph, '_asks_exporting', lambda: True)
+    assert compiled(Asks())(x).item() == 1
+    # Where its private flag is gone, what it says counts.
+    monkeypatch.setattr(graph, 'torch', SimpleNamespace(compiler=SimpleNamespace()))
+    assert graph._is_exporting()

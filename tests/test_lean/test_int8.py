@@ -152,7 +152,10 @@ def test_copies_and_pickles():
 
 @pytest.mark.skipif(TORCH_BEFORE_2_4, reason='ordinary operators are recorded there')
 @pytest.mark.parametrize('backbone', [
-    RESNET18, dict(SMALL['vit'], num_layers=4, out_indices=(0, 1, 2, 3))], ids=['resnet', 'vit'])
+    RESNET18, pytest.param(
+        dict(SMALL['vit'], num_layers=4, out_indices=(0, 1, 2, 3)), marks=pytest.mark.skipif(
+            torch.__version__ < (2, 12), reason='PyTorch up to 2.11 does not compile its attention '
+            'in 8 bits: it runs as it is'))], ids=['resnet', 'vit'])
 def test_compiled(backbone):
     options = dict(backbone_dtype='int8', compile=dict(backend='aot_eager_decomp_partition'))
     torch._dynamo.reset()

