@@ -47,7 +47,6 @@ def cell_config(cfg: Config, method: Method, cell: Cell, split: Split | None,
     for key in ('dynamic_intervals', 'val_begin'):
         cfg.train_cfg.pop(key, None)
     cfg.train_cfg.val_interval = 10**9
-    kept = None
     keep = keep and cell.phase == 'final'
     if not keep:  # weights that stay are to be tested
         for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
@@ -55,6 +54,7 @@ def cell_config(cfg: Config, method: Method, cell: Cell, split: Split | None,
     hooks = dict(cfg.get('default_hooks') or {})
     cfg.default_hooks = {name: hook for name, hook in hooks.items()
                          if not _is_idle(hook) and name != 'visualization'}
+    kept = None
     cfg.default_hooks['checkpoint'] = None  # or MMEngine adds its own
     if keep:
         kept = 'PromptCheckpointHook'
