@@ -67,6 +67,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if len(set(values)) < len(values):
             parser.error(f'--{option.replace("_", "-")}: a value is there twice: '
                          f'{" ".join(map(str, values))}')
+    if min(args.seeds + args.sweep_seeds) < 0:
+        parser.error('--seeds and --sweep-seeds must be at least 0, got '
+                     f'{min(args.seeds + args.sweep_seeds)}')
     if any(not math.isfinite(lr) or lr <= 0 for lr in args.lrs or ()):
         parser.error(f'--lrs must be positive numbers, got {args.lrs}')
     if not 0 < args.holdout < 1:
@@ -112,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan = Plan(methods, sorted(args.lrs), args.seeds, args.sweep_seeds, args.metric,
                     args.keep_weights)
         run(cfg, plan, split, results, args)
+        note_outcome(args.out, plan, results)
     report(args.out, names, args.metric)
 
 
@@ -124,7 +128,7 @@ def report(folder: Path, names: Sequence[str] | None = None, metric: str | None 
         metric (str, optional): Defaults to None: that of the last command.
 
     Raises:
-        LaunchError: There is no comparison.
+        LaunchError: There is no comparison, or no run of a method.
     """
     if not (folder / 'run.json').is_file():
         raise LaunchError(f'--out: {folder} holds no comparison (no run.json)')
@@ -133,10 +137,13 @@ def report(folder: Path, names: Sequence[str] | None = None, metric: str | None 
     metric = metric or about.get('metric')
     if metric is None:
         raise LaunchError(f'--metric must be given: {folder / "run.json"} names none')
-    for cell, result in results.items():
-        check_metric(cell, result, metric)
-    names = names or [name for name in about['methods']
-                      if any(cell.method == name for cell in results)]
+    check_metric(results, metric)
+    there = {cell.method for cell in results}
+    names = [Path(name).stem if name.endswith('.py') else name for name in names or ()]
+    if set(names) - there:
+        raise LaunchError(f'--methods: {folder} holds no run of '
+                          f'{listed(sorted(set(names) - there))}, but of {listed(sorted(there))}')
+    names = names or [name for name in about['methods'] if name in there]
     print(reports.write(names, results, metric, about, folder))
     print(f'written to {folder / "methods"}.md, .json, .png')
 
@@ -185,8 +192,24 @@ def check_run(cfg: Config, args: argparse.Namespace, methods: Sequence[Method],
             raise LaunchError(f'--out: {args.out} holds another comparison, which differs in {told}'
                               '; name another folder')
         now['methods'] = {**then['methods'], **now['methods']}
+        now['rates'] = then.get('rates', {})
+    else:  # the division is of a command that no result is left of, and may be of other images
+        (args.out / 'holdout.json').unlink(missing_ok=True)
+    write_run(file, now)
+
+
+def note_outcome(folder: Path, plan: Plan, results: Results) -> None:
+    """Adds to ``run.json`` what tables tell: which rates were chosen, on which machine."""
+    file = folder / 'run.json'
+    about = json.loads(file.read_text(encoding='utf-8'))
+    rates = {method.name: plans.sweep_of(plan, method, results.known).best
+             for method in plan.methods}
+    write_run(file, dict(about, rates={**about.get('rates', {}), **rates}, **reports.machine()))
+
+
+def write_run(file: Path, about: dict) -> None:
     part = file.with_suffix('.part')
-    part.write_text(json.dumps(now, indent=1), encoding='utf-8')
+    part.write_text(json.dumps(about, indent=1), encoding='utf-8')
     part.replace(file)
 
 
@@ -231,8 +254,7 @@ def run(cfg: Config, plan: Plan, split: Split | None, results: Results,
     done = sum(cell in results.known for cell in plans.due(plan, results.known))
     if done:
         print(f'{done} runs are in {results.file} already', flush=True)
-    for cell, result in results.known.items():
-        check_metric(cell, result, plan.metric)
+    check_metric(results.known, plan.metric)
     for cell, result, left in runs.run_all(
             cfg, plan, split, results, args.out / 'logs', jobs, args.threads):
         seconds = plans.time_to_go(plan, results.known, left, jobs)
@@ -242,14 +264,17 @@ def run(cfg: Config, plan: Plan, split: Split | None, results: Results,
             'train in the backbone')
         print(f'[{left} to go, {duration(seconds)}] {cell.name}: {told} '
               f'({result["seconds"]:.0f} s)', flush=True)
-        check_metric(cell, result, plan.metric)
+        check_metric(results.known, plan.metric)
 
 
-def check_metric(cell: plans.Cell, result: dict, metric: str) -> None:
-    """Raises :class:`LaunchError` where a run was scored, but not by the metric."""
-    if cell.phase != 'cost' and not result['error'] and metric not in result['metrics']:
+def check_metric(results: dict[plans.Cell, dict], metric: str) -> None:
+    """Raises :class:`LaunchError` where runs were scored, but none by the metric: one alone may
+    lack it (of a detector that finds nothing)."""
+    scored = [result['metrics'] for cell, result in results.items()
+              if cell.phase != 'cost' and not result['error']]
+    if scored and not any(metric in one for one in scored):
         raise LaunchError(f'--metric: {metric!r} is not reported; val_evaluator reports '
-                          f'{", ".join(result["metrics"]) or "nothing"}')
+                          f'{", ".join(scored[0])}')
 
 
 def duration(seconds: float) -> str:

@@ -7,10 +7,12 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, set_random_seed
+from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from mmprotune.config_nodes import dicts_in, type_name
 from mmprotune.engine.runner import build_runner
+from mmprotune.errors import LaunchError
 from mmprotune.lean.memory import KeptBytes
 
 from .holdout import Split, hold_out
@@ -19,6 +21,8 @@ from .plan import Cell
 
 # Of the hooks that a cell has no use for: they write files, or figures for people.
 IDLE_HOOKS = ('CheckpointHook', 'PromptCheckpointHook', 'PromptStatsHook', 'EarlyStoppingHook')
+# Where evaluators write what they read again; runs at the same time need a place each.
+RESULT_KEYS = ('outfile_prefix', 'output_dir')
 
 
 def cell_config(cfg: Config, method: Method, cell: Cell, split: Split | None,
@@ -51,6 +55,10 @@ def cell_config(cfg: Config, method: Method, cell: Cell, split: Split | None,
     if not keep:  # weights that stay are to be tested
         for key in ('test_dataloader', 'test_evaluator', 'test_cfg'):
             cfg.pop(key, None)
+    for number, node in enumerate(dicts_in(cfg.val_evaluator)):
+        for key in RESULT_KEYS:
+            if node.get(key):
+                node[key] = f'{folder}/evaluator{number}'
     hooks = dict(cfg.get('default_hooks') or {})
     cfg.default_hooks = {name: hook for name, hook in hooks.items()
                          if not _is_idle(hook) and name != 'visualization'}
@@ -94,7 +102,13 @@ def run_cell(cfg: Config, method: Method, cell: Cell, split: Split | None, folde
 
     Returns:
         dict: Numbers by name.
+
+    Raises:
+        LaunchError: The validation reports none.
     """
+    for file in (cfg, method.options):  # a process that was not forked has read neither
+        if file.get('custom_imports'):
+            import_modules_from_strings(**file['custom_imports'])
     cfg = cell_config(cfg, method, cell, split, folder, keep)
     if cell.phase == 'cost':
         return count_costs(cfg)
@@ -104,7 +118,11 @@ def run_cell(cfg: Config, method: Method, cell: Cell, split: Split | None, folde
     runner.train()
     # MMEngine's loops validate at their end; others may not.
     found = runner.val() if seen.metrics is None else seen.metrics
-    return {name: float(value) for name, value in found.items() if _is_number(value)}
+    numbers = {name: float(value) for name, value in found.items() if _is_number(value)}
+    if not numbers:
+        raise LaunchError('the validation reports no number, as that of a detector which finds '
+                          'nothing')
+    return numbers
 
 
 class _Metrics(Hook):
@@ -148,10 +166,15 @@ def count_costs(cfg: Config) -> dict:
         loss = model.parse_losses(model(**data, mode='loss'))[0]
     kept_bytes = kept.total()
     del loss
-    state = model.state_dict().values()
     return dict(
         trained_backbone=_trained(model, True), trained=_trained(model, False), kept=kept_bytes,
-        checkpoint=sum(t.numel() * t.element_size() for t in state if torch.is_tensor(t)))
+        checkpoint=saved_bytes(model.state_dict()))
+
+
+def saved_bytes(state: dict) -> int:
+    """Bytes of the tensors in a state dict; what heads share (RTMDet's do) is saved once."""
+    return sum({t.data_ptr(): t.numel() * t.element_size()
+                for t in state.values() if torch.is_tensor(t)}.values())
 
 
 def _trained(model: nn.Module, backbone: bool) -> int:

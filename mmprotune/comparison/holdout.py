@@ -58,7 +58,8 @@ def make_split(cfg: Config, share: float, folder: Path) -> Split:
             split.ann_file = str((folder / split.ann_file).resolve())
         return split
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    leaf = _leaf(cfg.train_dataloader.dataset)
+    leaf = _leaf(cfg, 'train_dataloader')
+    _leaf(cfg, 'val_dataloader')
     _check_evaluator(cfg)
     dataset = DATASETS.build(copy.deepcopy(leaf))
     dataset.full_init()
@@ -88,10 +89,10 @@ def hold_out(cfg: Config, split: Split) -> Config:
     Returns:
         Config: ``cfg``.
     """
-    leaf = _leaf(cfg.train_dataloader.dataset)
+    leaf = _leaf(cfg, 'train_dataloader')
     held = copy.deepcopy(leaf)
     held['indices'] = split.held
-    held['pipeline'] = copy.deepcopy(_leaf(cfg.val_dataloader.dataset)['pipeline'])
+    held['pipeline'] = copy.deepcopy(_leaf(cfg, 'val_dataloader')['pipeline'])
     leaf['indices'] = split.train
     cfg.val_dataloader.dataset = held
     for node in dicts_in(cfg.val_evaluator):
@@ -100,14 +101,16 @@ def hold_out(cfg: Config, split: Split) -> Config:
     return cfg
 
 
-def _leaf(dataset: dict) -> dict:
+def _leaf(cfg: Config, loader: str) -> dict:
     """The data set inside wrappers."""
-    while 'dataset' in dataset:
+    dataset = cfg[loader].dataset
+    # The set in a KFoldDataset has the images of the validation, too.
+    while 'dataset' in dataset and type_name(dataset) != 'KFoldDataset':
         dataset = dataset['dataset']
-    if 'datasets' in dataset:
-        raise LaunchError(f'a part of {type_name(dataset)} cannot be held out: let '
-                          'train_dataloader.dataset be one set, or name one learning rate '
-                          '(--lrs), which needs no sweep')
+    if 'dataset' in dataset or 'datasets' in dataset:
+        raise LaunchError(f'{loader}.dataset must be one data set, in wrappers or not, so that a '
+                          f'part can be held out, got {type_name(dataset)}; or name one learning '
+                          'rate (--lrs), which needs no sweep')
     return dataset
 
 

@@ -12,8 +12,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from mmprotune.config_nodes import find_backbones, type_name, without_pretrained
-from mmprotune.engine.config import protune
+from mmprotune.config_nodes import dicts_in, find_backbones, type_name, without_pretrained
+from mmprotune.engine.config import CLASSIFICATION_DECAY, DETECTION_DECAY, protune, set_prompt_rates
 from mmprotune.errors import LaunchError, listed
 from mmprotune.models.insertion import find_places
 
@@ -68,7 +68,10 @@ def read_method(name: str, folder: Path) -> Method:
         known = ', '.join(sorted(file.stem for file in folder.glob('*.py')))
         raise LaunchError(f'--methods: no method {name!r}; known are {known}, and files of your '
                           'own, PATH.py')
-    content = Config.fromfile(str(path)).to_dict()
+    try:
+        content = Config.fromfile(str(path)).to_dict()
+    except Exception as error:  # whatever Python raises, which may not name the file
+        raise LaunchError(f'{path} cannot be read: {type(error).__name__}: {error}') from error
     backbone = content.get('backbone')
     if 'backbone' not in content or not (
             backbone is None or isinstance(backbone, dict) and backbone.get('type')):
@@ -102,6 +105,7 @@ def apply_method(cfg: Config, method: Method) -> Config:
     """
     cfg.merge_from_dict(copy.deepcopy(method.options))
     if method.backbone is None:
+        _check_rates(cfg, method)
         return cfg
     options = copy.deepcopy(method.backbone)
     kind = options.pop('type')
@@ -109,7 +113,7 @@ def apply_method(cfg: Config, method: Method) -> Config:
         if method.trains:
             names = parts_of(_bare_backbone(cfg), method.trains, method.name)
             options['trainable'] = [*options.get('trainable', ()), *map(re.escape, names)]
-        return protune(cfg, **options)
+        return _protune(cfg, method, **options)
     if cfg.get('load_from'):
         raise LaunchError(f'{method.name}: load_from={cfg.load_from!r} is a checkpoint of the '
                           f'model without {type_name(kind)}, whose names do not fit; name the '
@@ -117,11 +121,29 @@ def apply_method(cfg: Config, method: Method) -> Config:
     if type_name(kind) == 'LoRAModel':
         _check_targets(_bare_backbone(cfg), options.get('targets') or (), method.name)
     hooks = cfg.get('custom_hooks')
-    protune(cfg)  # which finds the backbone and its pre-trained file
+    _protune(cfg, method)  # which finds the backbone and its pre-trained file
     cfg.custom_hooks = hooks
     owner = find_backbones(cfg.model)[0][1][-1]
     owner['backbone'] = {'type': kind, method.inner: owner['backbone']['backbone'], **options}
     return cfg
+
+
+def _protune(cfg: Config, method: Method, **options) -> Config:
+    protune(cfg, **options)
+    if 'optim_wrapper' in method.options:
+        # With rates that fall with the depth went the method's custom keys, which they do not read.
+        cfg.merge_from_dict(copy.deepcopy(dict(optim_wrapper=method.options['optim_wrapper'])))
+        set_prompt_rates(cfg)
+    return cfg
+
+
+def _check_rates(cfg: Config, method: Method) -> None:
+    """Constructors whose rates fall with the depth read no ``lr_mult``."""
+    constructor = cfg.get('optim_wrapper', {}).get('constructor')
+    if type_name(constructor) in (*DETECTION_DECAY, CLASSIFICATION_DECAY) and any(
+            'lr_mult' in node for node in dicts_in(method.options.get('optim_wrapper'))):
+        raise LaunchError(f'{method.name}: optim_wrapper.constructor={constructor!r} reads no '
+                          'lr_mult of custom_keys: all rates would be as without this method')
 
 
 def _bare_backbone(cfg: Config) -> nn.Module:

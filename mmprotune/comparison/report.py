@@ -18,13 +18,17 @@ MIB = 2**20
 LIBRARIES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 
 
-def rows_of(methods: Sequence[str], results: dict[Cell, dict], metric: str) -> list[dict]:
+def rows_of(methods: Sequence[str], results: dict[Cell, dict], metric: str,
+            rates: dict[str, float | None] | None = None) -> list[dict]:
     """What is known of each method.
 
     Args:
         methods (Sequence[str]): Names, in order.
         results (dict[Cell, dict]): Results by cell.
         metric (str): The metric.
+        rates (dict[str, float], optional): The rate to tell of, by method. Of others, and where
+            there is no final run with it, the one that did best on the held-out images. Defaults
+            to None.
 
     Returns:
         list[dict]: ``method``; ``scores`` of the final runs by seed, their ``mean`` and ``sd``
@@ -32,10 +36,10 @@ def rows_of(methods: Sequence[str], results: dict[Cell, dict], metric: str) -> l
         ``sweep``, mean score on the held-out images by rate (None where a run failed); ``edge``;
         ``error``; and the costs.
     """
-    return [_row(method, results, metric) for method in methods]
+    return [_row(method, results, metric, (rates or {}).get(method)) for method in methods]
 
 
-def _row(method: str, results: dict[Cell, dict], metric: str) -> dict:
+def _row(method: str, results: dict[Cell, dict], metric: str, wanted: float | None) -> dict:
     own = {cell: result for cell, result in results.items() if cell.method == method}
     sweep = {}
     for lr in sorted({cell.lr for cell in own if cell.phase == 'sweep'}):
@@ -45,7 +49,8 @@ def _row(method: str, results: dict[Cell, dict], metric: str) -> dict:
     final = [cell for cell in own if cell.phase == 'final']
     # A grid that grew later may have chosen another rate than before.
     rates = sorted({cell.lr for cell in final})
-    lr = max(rates, key=lambda rate: (_number(sweep.get(rate)), -rate), default=None)
+    lr = wanted if wanted in rates else max(
+        rates, key=lambda rate: (_number(sweep.get(rate)), -rate), default=None)
     runs = {cell.seed: score_of(own[cell], metric) for cell in final if cell.lr == lr}
     scores = {seed: score for seed, score in sorted(runs.items()) if score is not None}
     cost = own.get(Cell('cost', method), dict(metrics={}, error=''))
@@ -173,12 +178,12 @@ def machine() -> dict:
 def write(methods: Sequence[str], results: dict[Cell, dict], metric: str, about: dict,
           folder: Path) -> str:
     """Writes ``methods.md``, ``methods.json`` and ``methods.png``; returns the first's text."""
-    about = dict(about, **machine())
+    about = dict(machine(), **about)  # what the runs were on, where that is known
     split = folder / 'holdout.json'
     if split.is_file():
         divided = json.loads(split.read_text())
         about.update(held_out=len(divided['held']), trained=len(divided['train']))
-    rows = rows_of(methods, results, metric)
+    rows = rows_of(methods, results, metric, about.get('rates'))
     text = table(rows, metric, about)
     (folder / 'methods.md').write_text(text, encoding='utf-8')
     cells = [dict(phase=cell.phase, method=cell.method, lr=cell.lr, seed=cell.seed, **result)

@@ -41,6 +41,8 @@ def _in_child(work: Callable, folder: Path, threads: int, args: tuple) -> None:
     """What the process of a cell does; its output goes to ``output.txt``, its result beside it."""
     with contextlib.suppress(OSError, AttributeError):  # Linux: an orphan would train on
         ctypes.CDLL('libc.so.6').prctl(1, signal.SIGKILL)
+    if not multiprocessing.parent_process().is_alive():  # ended before this one was ready
+        return
     log = os.open(folder / 'output.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -90,9 +90,27 @@ def test_several_sets_are_refused(tmp_path):
     cfg = detection(tmp_path)
     cfg.train_dataloader.dataset = dict(
         type='ConcatDataset', datasets=[cfg.train_dataloader.dataset] * 2)
-    with pytest.raises(LaunchError, match='a part of ConcatDataset cannot be held out'):
+    with pytest.raises(LaunchError, match='train_dataloader.dataset .* got ConcatDataset'):
+        make_split(cfg, 0.25, tmp_path)
+    cfg = detection(tmp_path)
+    cfg.val_dataloader.dataset = dict(
+        type='ConcatDataset', datasets=[cfg.val_dataloader.dataset] * 2)
+    with pytest.raises(LaunchError, match='val_dataloader.dataset .* got ConcatDataset'):
         make_split(cfg, 0.25, tmp_path)
     assert not (tmp_path / 'holdout.json').exists()
+
+
+def test_folds_are_refused(tmp_path):
+    """What is in the wrapper has the images of the validation, too."""
+    draw_folder(tmp_path / 'train', (6, 6, 6, 6))
+    dataset = dict(type='CustomDataset', data_root=str(tmp_path), data_prefix='train', pipeline=[])
+    folds = dict(type='KFoldDataset', num_splits=3, fold=0, dataset=dataset)
+    cfg = Config(dict(
+        default_scope='mmpretrain', train_dataloader=dict(dataset=folds),
+        val_dataloader=dict(dataset=dict(folds, test_mode=True)),
+        val_evaluator=dict(type='Accuracy')))
+    with pytest.raises(LaunchError, match='train_dataloader.dataset .* got KFoldDataset'):
+        make_split(cfg, 0.25, tmp_path)
 
 
 def segmentation(folder, labels: list[list[int]]) -> Config:

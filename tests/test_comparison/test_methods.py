@@ -1,6 +1,7 @@
 """The shipped methods, and what their files may hold."""
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,35 @@ def test_early_filters_train_at_a_tenth_of_the_rate(resnet18_file):
             assert rates[id(param)] == pytest.approx(1e-4 if early else 1e-3), name
 
 
+def test_lora_trains_at_the_optimizers_rate(vit_file):
+    """What a config says of the backbone is for weights that were trained before."""
+    cfg = classifier(VIT, vit_file)
+    cfg.optim_wrapper.paramwise_cfg = dict(custom_keys=dict(backbone=dict(lr_mult=0.1)))
+    apply_method(cfg, read_method('lora', FOLDER))
+    groups = build_optim_wrapper(build(cfg.model), cfg.optim_wrapper).optimizer.param_groups
+    assert {group['lr'] for group in groups} == {1e-3}
+
+
+@pytest.mark.parametrize('constructor, paramwise_cfg', [
+    ('mmseg.LearningRateDecayOptimizerConstructor',
+     dict(decay_rate=0.9, decay_type='stage_wise', num_layers=6)),
+    ('mmpretrain.LearningRateDecayOptimWrapperConstructor',
+     dict(layer_decay_rate=0.65, custom_keys={'.ln': dict(decay_mult=0.)}))])
+def test_rates_where_the_config_lets_them_fall_with_the_depth(
+        constructor, paramwise_cfg, resnet18_file):
+    cfg = classifier(RESNET18, resnet18_file)
+    cfg.optim_wrapper.update(constructor=constructor, paramwise_cfg=paramwise_cfg)
+    cfg.optim_wrapper.optimizer.weight_decay = 0.05
+    early = apply_method(copy.deepcopy(cfg), read_method('branches_early', FOLDER))
+    model = build(early.model)
+    rate = next(group['lr'] for group in
+                build_optim_wrapper(model, early.optim_wrapper).optimizer.param_groups
+                if group['params'][0] is model.backbone.backbone.conv1.weight)
+    assert rate == pytest.approx(1e-4)
+    with pytest.raises(LaunchError, match='full_slow: optim_wrapper.constructor=.* reads no lr_'):
+        apply_method(cfg, read_method('full_slow', FOLDER))
+
+
 @pytest.mark.parametrize('part', PARTS)
 def test_a_backbone_without_such_a_part(part):
     plain = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3, padding=1, bias=False))
@@ -134,6 +164,7 @@ def test_other_keys_are_merged_into_the_config(tmp_path, resnet18_file):
 
 
 @pytest.mark.parametrize('content, message', [
+    ('backbone = dict(', 'cannot be read: SyntaxError'),
     ('prompt = None', "backbone must be None .* got 'no such key'"),
     ('backbone = dict(prompt=None)', 'backbone must be None .* type, got'),
     ("backbone = None\ntrains = 'norms'", "trains='norms' needs a backbone of type"),
@@ -145,5 +176,5 @@ def test_other_keys_are_merged_into_the_config(tmp_path, resnet18_file):
 def test_a_file_that_is_no_method(content, message, tmp_path):
     file = tmp_path / 'own.py'
     file.write_text(content)
-    with pytest.raises(LaunchError, match=f'own.py: {message}'):
+    with pytest.raises(LaunchError, match=f'own.py:? {message}'):
         read_method(str(file), FOLDER)

@@ -7,6 +7,7 @@ import multiprocessing.process
 import os
 import signal
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,14 @@ test_dataloader = val_dataloader
 param_scheduler = []
 train_cfg = dict(max_epochs=12)
 shifts = dict(_delete_=True)
+"""
+OWN_NETWORKS = """
+from mmdet.models import ResNet
+from mmengine.registry import MODELS
+
+@MODELS.register_module()
+class OwnResNet(ResNet):
+    pass
 """
 BROKEN = """
 backbone = dict(type='mmprotune.PromptedBackbone', prompt=None)
@@ -304,13 +313,29 @@ def test_on_gpus_each_run_sees_one(config, tmp_path, monkeypatch):
         start(self)
 
     monkeypatch.setattr(multiprocessing.process.BaseProcess, 'start', started)
+    (tmp_path / 'own_networks.py').write_text(OWN_NETWORKS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / 'config.py').write_text(
+        f"_base_ = {config!r}\ncustom_imports = dict(imports=['own_networks'])\n"
+        "model = dict(backbone=dict(type='mmengine.OwnResNet'))")
+    config = str(tmp_path / 'config.py')
     own = tmp_path / 'own.py'
     own.write_text((tool.METHODS / 'lora.py').read_text())
     run(config, tmp_path, methods=['lora', str(own)], lrs=['1e-2'])
     assert starts == [('5', 'spawn'), ('7', 'spawn')]
     assert os.environ['CUDA_VISIBLE_DEVICES'] == '5,7'
-    # They came as far as they should.
-    assert all('ResNet has none' in e['error'] for e in lines(tmp_path))
+    # They came as far as they should, and imported what the config imports.
+    assert all('OwnResNet has none' in e['error'] for e in lines(tmp_path))
+
+
+def test_what_outlived_the_command_before_it_was_ready_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing, 'parent_process',
+                        lambda: SimpleNamespace(is_alive=lambda: False))
+    process = multiprocessing.get_context('fork').Process(
+        target=runs._in_child, args=(dict, tmp_path, 1, ()))
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and not list(tmp_path.iterdir())
 
 
 def test_which_gpus(monkeypatch):
@@ -332,6 +357,7 @@ def test_which_gpus(monkeypatch):
     (['--lrs', '-1'], '--lrs must be positive numbers'),
     (['--lrs', 'nan'], '--lrs must be positive numbers'),
     (['--holdout', '1'], '--holdout must be between 0 and 1, got 1'),
+    (['--seeds', '0', '-1'], '--seeds and --sweep-seeds must be at least 0, got -1'),
     (['--jobs', '0'], '--jobs must be at least 1, got 0'),
 ])
 def test_wrong_arguments(args, message, config, tmp_path, capsys):
@@ -370,6 +396,49 @@ def test_a_metric_that_nobody_reports_is_told_after_the_first_run(config, tmp_pa
     assert len({key(e) for e in lines(tmp_path)}) == len(lines(tmp_path))
 
 
+def test_a_run_without_the_metric_stops_nothing(config, tmp_path, monkeypatch):
+    begun = scored(monkeypatch, lambda cell: 1.)
+    run_cell = runs.run_cell
+
+    def partly(cfg, method, cell, *args):
+        found = run_cell(cfg, method, cell, *args)
+        return dict(other=2.) if cell.seed == 1 else found
+    monkeypatch.setattr(runs, 'run_cell', partly)
+    for _ in range(2):
+        found = run(config, tmp_path, '--seeds', '0', '1', '2', methods=['head'], lrs=['1e-3'],
+                    metric='m')
+        assert found['methods'][0]['scores'] == {'0': 1., '2': 1.}
+        assert found['methods'][0]['failed'] == 1
+    assert len(begun) == 4
+
+
+def test_another_rate_is_what_the_table_tells_of(config, tmp_path, monkeypatch):
+    scored(monkeypatch, lambda cell: 1.)
+    for lrs, seeds, rate in ((['1e-3'], ['0'], 1e-3), (['3e-3'], ['0', '1'], 3e-3),
+                             (['1e-3', '3e-3', '9e-3', '2.7e-2', '8.1e-2'], ['0'], 9e-3),
+                             (['1e-3'], ['0'], 1e-3)):
+        found = run(config, tmp_path, '--seeds', *seeds, methods=['head'], lrs=lrs, metric='m')
+        assert found['methods'][0]['lr'] == rate
+        assert len(found['methods'][0]['scores']) == len(seeds)
+        tool.main([config, '--report', '--out', str(tmp_path)])
+        assert json.loads((tmp_path / 'methods.json').read_text())['methods'] == found['methods']
+
+
+def test_a_division_that_nothing_was_run_with_is_no_more(config, tmp_path, monkeypatch):
+    def cut(*args):
+        raise KeyboardInterrupt
+
+    run_all = runs.run_all
+    monkeypatch.setattr(runs, 'run_all', cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path)
+    monkeypatch.setattr(runs, 'run_all', run_all)
+    assert len(json.loads((tmp_path / 'holdout.json').read_text())['held']) == 8
+    scored(monkeypatch, lambda cell: 1.)
+    run(config, tmp_path, '--holdout', '0.4', metric='m')
+    assert len(json.loads((tmp_path / 'holdout.json').read_text())['held']) == 16
+
+
 def test_another_comparison_is_refused(config, tmp_path, monkeypatch):
     scored(monkeypatch, lambda cell: 1.)
     own = tmp_path / 'own.py'
@@ -398,6 +467,23 @@ def test_another_comparison_is_refused(config, tmp_path, monkeypatch):
 def test_a_report_of_nothing(tmp_path, config):
     with pytest.raises(LaunchError, match='holds no comparison'):
         tool.main([config, '--report', '--out', str(tmp_path)])
+
+
+def test_a_report_of_some_methods(config, tmp_path, monkeypatch):
+    scored(monkeypatch, lambda cell: 1.)
+    own = tmp_path / 'own.py'
+    own.write_text('backbone = None')
+    out = tmp_path / 'out'
+    run(config, out, methods=[str(own), 'head'], lrs=['1e-3'], metric='m')
+    # Made elsewhere, it tells of the machine that the runs were on.
+    monkeypatch.setattr('mmprotune.comparison.report.machine',
+                        lambda: dict(versions={}, python='', machine='a notebook'))
+    tool.main([config, '--report', '--out', str(out), '--methods', str(own)])
+    text = (out / 'methods.md').read_text()
+    assert '| own | 1 |' in text and '| head |' not in text
+    assert 'a notebook' not in text and f'torch {torch.__version__}' in text
+    with pytest.raises(LaunchError, match='holds no run of fool, but of head, own'):
+        tool.main([config, '--report', '--out', str(out), '--methods', 'fool'])
 
 
 def test_a_file_of_results_that_is_none(tmp_path):
