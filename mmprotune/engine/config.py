@@ -7,7 +7,7 @@ import logging
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from mmprotune.config_nodes import dicts_in, file_of, find_backbones, type_name
+from mmprotune.config_nodes import dicts_in, file_of, find_backbones, prompted_nodes, type_name
 from mmprotune.engine.optim import PROMPT_MULTIPLIERS
 from mmprotune.errors import LaunchError
 
@@ -133,8 +133,7 @@ def set_prompt_rates(cfg: Config) -> list[str]:
     Raises:
         LaunchError: ``paramwise_cfg.prompts`` beside a constructor that does not know it.
     """
-    wrapped = [around[-1]['backbone'] for _, around in find_backbones(cfg.get('model'))
-               if type_name(around[-1]['backbone']) == 'PromptedBackbone']
+    wrapped = [wrapper for _, wrapper in prompted_nodes(cfg.get('model'))]
     if not wrapped:
         return []
     done = []

@@ -71,11 +71,11 @@ class PromptOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         # Those that name no more than the way to the prompts are the backbone's.
         self.paramwise_cfg = dict(given, custom_keys={
             key: value for key, value in keys.items()
-            if 'prompts' in key or key not in f'{name}.'})
+            if 'prompts' in key or key not in f'{path}.'})
+        own = [key for key in self.paramwise_cfg['custom_keys'] if 'prompt' in key]
         super().add_params(params, module, prefix, is_dcn_module)
         self.paramwise_cfg = given
         names = {id(param): f'{name}.{inner}' for inner, param in module.named_parameters()}
-        own = [key for key in keys if 'prompts' in key]
         head = self._of_heads(path, part, owner)
         mult = {key: head[key] * given['prompts'].get(key, 1.) for key in head}
         for group in params[first:]:

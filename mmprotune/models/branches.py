@@ -2,12 +2,16 @@
 
 A residual connection is an addition whose operands come from one tensor: one of them is that tensor
 (or went through one layer with weights, a projection to another width), the other one came by the
-branch. Nothing here knows any particular block: what matters is what is added.
+branch. Where that tensor is added to several at once (attention and MLP in parallel), each came by
+one. Nothing here knows any particular block: what matters is what is added.
 """
 from __future__ import annotations
 
 import heapq
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from torch import nn
 
@@ -31,9 +35,11 @@ class _Branch:
     Attributes:
         nodes (list): Nodes of the graph in it, from its end up.
         cuts (list): Those of them that everything in the branch goes through, likewise.
+        is_bare (bool): Whether the other operand is the very tensor that the branch starts from.
     """
     nodes: list
     cuts: list
+    is_bare: bool
 
 
 def find_branches(backbone: nn.Module, trace: Trace,
@@ -51,11 +57,8 @@ def find_branches(backbone: nn.Module, trace: Trace,
         output index; empty where there is no such branch.
     """
     found: dict[str, dict[int | None, Layout]] = {}
-    for node, edges in trace.graph.inputs.items():
-        if not node.name().startswith('AddBackward') or len(edges) != 2:
-            continue
-        branch = _branch(trace.graph, edges)
-        place = branch and _end(backbone, trace, branch)
+    for branch in _branches(trace):
+        place = _end(backbone, trace, branch)
         if place and narrow:
             place = _narrowest(backbone, trace, branch, place)
         if place:
@@ -64,7 +67,36 @@ def find_branches(backbone: nn.Module, trace: Trace,
     return dict(sorted(found.items(), key=lambda item: trace.calls[item[0]].order))
 
 
-def _branch(graph: Graph, operands: list[tuple[object, int]]) -> _Branch | None:
+def _branches(trace: Trace) -> Iterator[_Branch]:
+    graph = trace.graph
+    uses = Counter(below for edges in graph.inputs.values() for below, _ in edges)
+
+    def terms(edges: list[tuple[object, int]]) -> Iterator[tuple[object, int]]:
+        for node, output in edges:
+            # What a module returns, or something else reads, stands for itself.
+            if _is_addition(graph, node) and uses[node] == 1 and node not in trace.makers:
+                yield from terms(graph.inputs[node])
+            else:
+                yield node, output
+
+    for node, edges in graph.inputs.items():
+        if not _is_addition(graph, node):
+            continue
+        branch = _branch(graph, edges)
+        if branch:
+            yield branch
+        summed = list(terms(edges))
+        for pair in combinations(summed, 2) if len(summed) > 2 else ():
+            branch = _branch(graph, pair)
+            if branch and branch.is_bare and uses[branch.nodes[0]] == 1:
+                yield branch
+
+
+def _is_addition(graph: Graph, node: object) -> bool:
+    return node.name().startswith('AddBackward') and len(graph.inputs[node]) == 2
+
+
+def _branch(graph: Graph, operands: Sequence[tuple[object, int]]) -> _Branch | None:
     """The branch of an addition, if it is a residual one.
 
     Walks up from both operands, last node first, until both have come to one node.
@@ -110,7 +142,7 @@ def _branch(graph: Graph, operands: list[tuple[object, int]]) -> _Branch | None:
         return None
     if any(node.name().startswith(_PARTS) for node in nodes[skip]):
         return None
-    return _Branch(nodes[branch], cuts[branch])
+    return _Branch(nodes[branch], cuts[branch], is_bare=not nodes[skip])
 
 
 def _end(backbone: nn.Module, trace: Trace, branch: _Branch) -> Place | None:

@@ -10,9 +10,9 @@ from torch import nn
 from mmprotune.errors import OptionError, OptionTypeError, listed
 
 from .branches import find_branches
-from .layout import Layout
+from .layout import Layout, describe
 from .stage_ends import find_block_ends, find_stage_ends, find_stem
-from .trace import StageError, Trace, dry_run, read_features
+from .trace import StageError, Trace, dry_run, read_features, with_item
 
 # Values of `insert`, and what the prompts there are called. 'auto' is one of the others.
 INSERT = dict(stages='stage', blocks='block', branches='branch', narrow='branch', outputs='output',
@@ -63,10 +63,8 @@ class Tap:
         index = self.stage.index
         if index is None:
             return self.owner.apply_prompt(self.stage, output, args, kwargs)
-        plain = output[index]
-        prompted = self.owner.apply_prompt(self.stage, plain, args, kwargs)
-        # Some backbones return one tensor twice: for the next stage and as the feature.
-        return type(output)(prompted if item is plain else item for item in output)
+        prompted = self.owner.apply_prompt(self.stage, output[index], args, kwargs)
+        return with_item(output, output[index], prompted)
 
 
 class Remarks(list):
@@ -144,6 +142,12 @@ def find_places(backbone: nn.Module,
     if not result:
         raise StageError(f'{"stages" if insert == "stages" else "insert"}: no output of {name} '
                          f'depends on any place that was found: {_names(found)}')
+    if insert == 'outputs':
+        features = [t for t in trace.outputs if describe(t, trace.image, trace.batch)]
+        inside = len(features) - len(trace.maps(''))
+        if inside:
+            remarks.append(f'no prompt at {inside} of the features that {name} returns: they are '
+                           'further inside, in other tuples, lists or dicts')
     if unread:
         remarks.append(f'no prompt at {_names(unread)}: no output of {name} depends on it')
     return result, remarks, trace
@@ -192,7 +196,7 @@ def _find(backbone: nn.Module, trace: Trace,
         missing = 'no block was found'
     elif insert == 'outputs':
         found = {'': trace.maps('')} if trace.maps('') else {}
-        missing = 'no feature map is returned'
+        missing = 'no feature map is returned as it is, or in a tuple or list,'
     else:
         found = find_branches(backbone, trace, narrow=insert == 'narrow')
         missing = 'no residual branch was found'

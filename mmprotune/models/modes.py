@@ -7,6 +7,7 @@ drop path, where a config asks for it.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from types import CodeType
 
 import torch
@@ -117,9 +118,24 @@ def _returned(owner: nn.Module, told: frozenset[str],
     """Shapes of what the backbone returns without prompts for an image, while the modules ``told``
     are in training mode; None where it does not run."""
     backbone = owner.backbone
-    with undisturbed(owner), torch.no_grad(), contextlib.suppress(Exception), \
-            calls.opened(owner, calls.Call(shape[1:], plain=True)):
+    with undisturbed(owner), _same_buffers(backbone), torch.no_grad(), \
+            contextlib.suppress(Exception), calls.opened(owner, calls.Call(shape[1:], plain=True)):
         for path in told:
             backbone.get_submodule(path).training = True
         return [tuple(t.shape) for t in tensors_in(backbone(noise(backbone, shape, BATCH)))]
     return None
+
+
+@contextlib.contextmanager
+def _same_buffers(network: nn.Module) -> Iterator[None]:
+    """Afterwards a network's buffers are what they were: norms that are told the mode (timm's, with
+    an activation) count what they see."""
+    before = [(module, name, tensor, tensor.clone()) for module in network.modules()
+              for name, tensor in module._buffers.items() if tensor is not None]
+    try:
+        yield
+    finally:
+        for module, name, tensor, value in before:
+            module._buffers[name] = tensor
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)

@@ -1,6 +1,8 @@
 """Which values the options of a prompted backbone may have."""
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from mmprotune.errors import OptionError, OptionTypeError
@@ -11,7 +13,7 @@ from .insertion import INSERT
 
 
 def check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean, insert,
-                    drop_path) -> None:
+                    stem, drop_path) -> None:
     """Raises TypeError or ValueError, naming the key; arguments as those of
     :class:`~mmprotune.PromptedBackbone`."""
     for key, value, choices in (('freeze', freeze, ('pretrained', 'all')),
@@ -25,10 +27,13 @@ def check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dt
                           f'insert={insert!r}')
     if LeanOptions.parse(lean) is None and backbone_dtype is not None:
         raise OptionError(f'backbone_dtype={backbone_dtype!r} needs lean layers, but lean=False')
+    if not isinstance(stem, bool):
+        raise OptionTypeError(f'stem must be True or False, got {stem!r}')
     if not isinstance(drop_path, bool):
         raise OptionTypeError(f"drop_path must be True or False (the rate is the backbone's own "
                               f'key drop_path_rate), got {drop_path!r}')
-    if isinstance(trainable, str) or not all(isinstance(t, str) for t in trainable):
+    if isinstance(trainable, str) or not isinstance(trainable, Iterable) or not all(
+            isinstance(t, str) for t in trainable):
         raise OptionTypeError(f'trainable must be a list of regular expressions, got {trainable!r}')
     if prompt is not None and (not isinstance(prompt, dict) or 'type' not in prompt):
         raise OptionTypeError(f'prompt must be None or a dict with the key "type", got {prompt!r}')

@@ -138,7 +138,7 @@ class PromptedBackbone(FrozenBackbone):
                  drop_path: bool = False,
                  compile: bool | dict = False) -> None:
         check_arguments(backbone, prompt, freeze, trainable, last_stage, backbone_dtype, lean,
-                        insert, drop_path)
+                        insert, stem, drop_path)
         check_compile(compile)
         if isinstance(backbone, nn.Module):
             built = given_backbone(backbone, pretrained, init_cfg, frozen_from)

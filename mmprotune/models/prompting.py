@@ -91,8 +91,9 @@ def attach_prompts(owner: nn.Module) -> None:
             with _ATTACHING:
                 # Whoever wraps the module keeps its hooks inside.
                 if not any(_has_tap(owner, stage, inner) for inner in module.modules()):
-                    owner._handles.append(
-                        module.register_forward_hook(Tap(owner, stage), with_kwargs=True))
+                    # Before the backbone's own hooks, which may take features from here.
+                    owner._handles.append(module.register_forward_hook(
+                        Tap(owner, stage), prepend=True, with_kwargs=True))
 
 
 def _has_tap(owner: nn.Module, stage: Stage, module: nn.Module) -> bool:

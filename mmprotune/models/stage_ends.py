@@ -205,8 +205,14 @@ def _innermost(backbone: nn.Module, unit: _Unit, trace: Trace) -> list[_Unit]:
               and (maps := trace.maps(f'{unit.path}.{name}'))]
     # Of blocks in blocks the outer ones, and blocks of other widths are no places of this stack.
     inside = [u for u in inside if not any(u.path.startswith(f'{v.path}.') for v in inside)]
+    if len(inside) == 1 and _weights(backbone, inside[0]) < _weights(backbone, unit):
+        return [unit]  # a layer of this block: squeeze and excitation, say
     kinds = {level for u in inside for level in u.levels}
     return inside if inside and kinds <= set(unit.levels) else [unit]
+
+
+def _weights(backbone: nn.Module, unit: _Unit) -> int:
+    return sum(p.dim() > 1 for p in backbone.get_submodule(unit.path).parameters())
 
 
 def find_stem(backbone: nn.Module, trace: Trace) -> dict[str, dict[int | None, Layout]]:

@@ -88,7 +88,8 @@ class Graph:
 
     Attributes:
         position (dict): Of each node in an order in which inputs come before what is made of them.
-        inputs (dict): The edges into each node, (node, output number); leaves are left out.
+        inputs (dict): The edges into each node, (node, output number); those from leaves, and from
+            what was made of parameters alone, are left out.
     """
 
     def __init__(self, outputs: list[Tensor]) -> None:
@@ -107,7 +108,15 @@ class Graph:
                 stack.append((below, iter(self._edges(below))))
             else:
                 self.position[node] = len(self.position)
+                self.inputs[node] = [(n, i) for n, i in self.inputs[node]
+                                     if self.inputs[n] or self._is_first(n)]
                 stack.pop()
+
+    @staticmethod
+    def _is_first(node: object) -> bool:
+        """Whether the image goes into it: a leaf that is no parameter."""
+        return any(hasattr(n, 'variable') and not isinstance(n.variable, nn.Parameter)
+                   for n, _ in node.next_functions)
 
     def _edges(self, node: object) -> list[tuple[object, int]]:
         edges = [(n, i) for n, i in node.next_functions
@@ -122,6 +131,14 @@ def _tensors(output) -> dict[int | None, Tensor]:
     if isinstance(output, (tuple, list)):
         return {i: t for i, t in enumerate(output) if isinstance(t, Tensor)}
     return {}
+
+
+def with_item(output: tuple | list, item: Tensor, other: Tensor) -> tuple | list:
+    """What a module returned, with another tensor wherever one stands: some backbones return one
+    tensor twice, for the next stage and as the feature."""
+    items = [other if one is item else one for one in output]
+    # Named tuples take their items one by one.
+    return output._make(items) if hasattr(output, '_make') else type(output)(items)
 
 
 @contextlib.contextmanager
@@ -224,10 +241,9 @@ def _run_shifted(backbone: nn.Module, trace: Trace, path: str, index: int | None
     def shift(module, args, output):
         tensor = output if index is None else output[index]
         shifted = torch.cat((tensor[:, :extra], tensor[:, extra:].roll(1, dims=2)), 1)
-        return shifted if index is None else type(output)(
-            shifted if item is tensor else item for item in output)
+        return shifted if index is None else with_item(output, tensor, shifted)
 
-    handle = backbone.get_submodule(path).register_forward_hook(shift)
+    handle = backbone.get_submodule(path).register_forward_hook(shift, prepend=True)
     try:
         return list(tensors_in(_run(backbone, trace.shape)))
     finally:

@@ -210,6 +210,7 @@ def test_models_without_prompts_are_left_alone():
 
 @pytest.mark.parametrize(('key', 'stage1', 'others'), [
     ('prompts', 0.02, 0.02), ('backbone.prompts', 0.02, 0.02), ('prompts.stage1', 0.02, 0.01),
+    ('prompt', 0.02, 0.02), ('backbone.prompt', 0.02, 0.02),
     ('backbone.prompts.stage1', 0.02, 0.01)])
 def test_the_users_key_for_prompts_counts(key, stage1, others):
     """Also where MMEngine would prefer the longer name of the backbone."""
@@ -229,6 +230,16 @@ def test_rates_of_a_backbone_further_inside(key, lr):
     set_prompt_rates(cfg)
     found = rates(cfg, nested('detector'))
     assert of_prompts(found) == of_heads(found) == {(lr, 0.1)}
+
+
+def test_rates_of_a_backbone_of_another_name():
+    cfg = config({'backbone': dict(lr_mult=0.1)}, dict(type='A', img_backbone=WRAPPER))
+    set_prompt_rates(cfg)
+    model = nested()
+    model.img_backbone = model.backbone
+    del model.backbone
+    found = rates(cfg, model)
+    assert of_prompts(found) == of_heads(found) == {(0.01, 0.1)}
 
 
 def test_a_rate_around_the_backbone_is_the_heads():

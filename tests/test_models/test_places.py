@@ -1,5 +1,6 @@
 """Where prompts go: `insert` and `stem`."""
 import copy
+from collections import namedtuple
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from mmdet.registry import MODELS
 from mmengine.registry import DefaultScope
 from torch import nn
 
+from mmprotune import PromptedBackbone
 from mmprotune.errors import StageError
 from mmprotune.lean import restore
 from mmprotune.lean.memory import KeptBytes
@@ -90,6 +92,7 @@ class Adds(nn.Module):
         self.stem = nn.Conv2d(3, 8, 3, 4, 1)
         self.left, self.right = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
         self.part = nn.Conv2d(4, 4, 3, padding=1)
+        self.scale = nn.Parameter(torch.ones(8))
 
     def forward(self, x):
         x = self.stem(x)
@@ -103,6 +106,8 @@ class Adds(nn.Module):
             return self.right(x) + self.right2(self.left(x))
         if self.kind == 'parallel':
             return self.right(x) + self.left(x)
+        if self.kind == 'scaled':
+            return x + self.scale.view(-1, 1, 1) * self.left(x)
         if self.kind == 'split':
             first, second = x.chunk(2, 1)
             return second + self.part(first)
@@ -111,7 +116,7 @@ class Adds(nn.Module):
 
 @pytest.mark.parametrize('kind, place', [
     ('residual', 'left'), ('in place', 'left'), ('projection', 'right2'), ('parallel', None),
-    ('split', None), ('constant', None)])
+    ('scaled', 'left'), ('split', None), ('constant', None)])
 def test_which_additions_are_residual(kind, place):
     net = Adds(kind)
     net.right2 = nn.Conv2d(8, 8, 1)
@@ -121,6 +126,139 @@ def test_which_additions_are_residual(kind, place):
     else:
         places, *_ = find_places(net, insert='branches')
         assert [(p.name, p.path) for p in places] == [('branch1', place)]
+
+
+class Sums(nn.Module):
+    """Two branches of one tensor, which is added to both at once; and a class token."""
+
+    def __init__(self, add):
+        super().__init__()
+        self.add = add
+        self.stem = nn.Conv2d(3, 8, 16, 16)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.blocks = nn.ModuleList()
+        for _ in range(2):
+            block = nn.Module()
+            block.norm = nn.LayerNorm(8)
+            block.left = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+            block.right = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+            self.blocks.append(block)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = torch.cat((self.token.expand(len(x), -1, -1), x), 1)
+        for block in self.blocks:
+            y = block.norm(x)
+            x = self.add(x, block.left(y), block.right(y))
+        return x
+
+
+@pytest.mark.parametrize('add', [
+    lambda x, a, b: x + a + b, lambda x, a, b: x + (a + b), lambda x, a, b: a + b + x,
+    lambda x, a, b: (x + a).add_(b)])
+def test_every_branch_of_a_sum(add):
+    places, *_ = find_places(Sums(add), insert='branches')
+    assert [place.path for place in places] == [
+        'blocks.0.left', 'blocks.0.right', 'blocks.1.left', 'blocks.1.right']
+
+
+Named = namedtuple('Named', 'tokens pixels')
+
+
+class ReturnsNamed(Sums):
+
+    def forward(self, x):
+        x = super().forward(x)
+        return Named(x[:, 0], x)
+
+
+def test_outputs_keep_their_type():
+    net = ReturnsNamed(lambda x, a, b: x + a + b)
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = net(x)
+        model = PromptedBackbone(net, insert='outputs')
+        found = model(x)
+    assert [(stage.name, stage.index) for stage in model.stages] == [('output1', 1)]
+    assert type(found) is Named
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    wake(model)
+    assert not torch.equal(model(x).pixels, expected.pixels)
+
+
+class Squeezing(nn.Module):
+    """A block whose branch is a row of layers, one of which has two convolutions itself."""
+
+    def __init__(self):
+        super().__init__()
+        squeeze = nn.Module()
+        squeeze.first, squeeze.second = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        squeeze.forward = lambda x: x * squeeze.second(squeeze.first(x.mean((2, 3), True)))
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), squeeze, nn.Conv2d(8, 8, 1))
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+def test_a_layer_of_a_block_is_no_block():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Sequential(Squeezing(), Squeezing()))
+    places, *_ = find_places(net, insert='blocks', stem=True)
+    assert [(place.name, place.path) for place in places] == [
+        ('stem', '0'), ('block1', '1.0'), ('block2', '1.1')]
+
+
+class LongSkip(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 8, 3, 2, 1), Squeezing()
+        self.branch = nn.Conv2d(8, 8, 3, 1, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.block(x)
+        return y + self.branch(y) + x
+
+
+def test_what_a_branch_starts_from_is_none_itself():
+    places, *_ = find_places(LongSkip(), insert='branches')
+    assert [place.path for place in places] == ['block.branch', 'branch']
+
+
+class Hooked(nn.Module):
+    """Returns what hooks on its layers saw, as extractors of features do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = host(RESNET18)
+        self.seen = {}
+        for name in ('layer2', 'layer4'):
+            self.body.get_submodule(name).register_forward_hook(
+                lambda module, args, y, name=name: self.seen.__setitem__(name, y))
+
+    def forward(self, x):
+        self.body(x)
+        return tuple(self.seen.values())
+
+
+def test_hooks_of_a_backbone_see_the_prompts():
+    model = PromptedBackbone(Hooked())
+    assert len(model.stages) == 4
+    wake(model)
+    sum(feature.square().mean() for feature in model(torch.randn(2, 3, 64, 96))).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.prompts.parameters())
+
+
+def test_outputs_further_inside_are_named():
+    net = Sums(lambda x, a, b: x + a + b)
+    run = net.forward
+    net.forward = lambda images: (run(images), dict(again=run(images)))
+    places, remarks, _ = find_places(net, insert='outputs')
+    assert [place.name for place in places] == ['output0']
+    assert 'no prompt at 1 of the features that Sums returns' in remarks[0]
+    net.forward = lambda images: dict(only=run(images))
+    with pytest.raises(StageError, match='no feature map is returned as it is, or in a tuple or '):
+        find_places(net, insert='outputs')
 
 
 def test_by_hand_comes_before_auto():

@@ -317,6 +317,8 @@ def test_data_parallel_is_refused(prompted_cfg):
     (dict(backbone_dtype='int4'), ValueError, "backbone_dtype must be one of .* got 'int4'"),
     (dict(backbone_dtype='bfloat16', lean=False), ValueError, 'needs lean layers, but lean=False'),
     (dict(trainable='layer4'), TypeError, 'trainable must be a list of regular expressions'),
+    (dict(trainable=None), TypeError, 'trainable must be a list of regular .*, got None'),
+    (dict(stem='no'), TypeError, "stem must be True or False, got 'no'"),
     (dict(trainable=['layer9']), ValueError, r"backbone\.trainable: 'layer9' matches no parameter"),
     (dict(trainable=['(']), ValueError, r"trainable: '\(' is not a regular expression"),
     (dict(prompt='yes'), TypeError, 'prompt must be None or a dict'),

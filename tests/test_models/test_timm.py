@@ -3,6 +3,7 @@ import pytest
 import torch
 from mmengine.registry import DefaultScope
 
+from mmprotune import PromptedBackbone
 from tests.conftest import build, wake
 
 pytest.importorskip('timm')
@@ -43,6 +44,18 @@ def test_timm(host, name, arguments, size, layout, stride, extra):
     sum(feature.square().mean() for feature in model.train()(x)).backward()
     assert all(p.grad is not None for p in model.prompts.parameters())
     assert all(p.grad is None for p in model.backbone.parameters())
+
+
+def test_norms_that_ask_for_the_mode_keep_their_statistics():
+    """timm's fuse a norm and its activation, in a ``forward`` of their own."""
+    import timm
+    torch.manual_seed(0)
+    net = timm.create_model('efficientnet_lite0', features_only=True)
+    assert any(type(module).__name__ == 'BatchNormAct2d' for module in net.modules())
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    model = PromptedBackbone(net, lean=False)
+    assert not model.names_with_mode
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 def test_a_local_file_of_timms_own(tmp_path):

@@ -176,6 +176,9 @@ def build_norm(cfg: dict | None, channels: int) -> nn.Module:
     if cfg is None:
         return nn.Identity()
     cls, kwargs = _layer_type('norm_cfg', cfg)
+    if cls is nn.LayerNorm:
+        raise OptionError(f'prompt.norm_cfg.type={cfg["type"]!r} is for channels in the last axis, '
+                          "which is the width here; dict(type='GN', num_groups=1) is for maps")
     if not kwargs.pop('requires_grad', True):
         raise OptionError('prompt.norm_cfg.requires_grad=False: prompts always train')
     if issubclass(cls, nn.GroupNorm):

@@ -84,6 +84,7 @@ def test_init_weights_draws_anew():
     (dict(channels=8, scale=0), ValueError, 'neither would ever get a gradient'),
     (dict(channels=8, norm_cfg=dict(type='NoSuch')), ValueError, "norm_cfg.type='NoSuch'"),
     (dict(channels=8, norm_cfg='BN'), TypeError, 'norm_cfg must be a dict'),
+    (dict(channels=8, norm_cfg=dict(type='LayerNorm')), ValueError, "'LayerNorm' is for"),
     (dict(channels=8, act_cfg=dict(type='NoSuch')), ValueError, "act_cfg.type='NoSuch'"),
     (dict(channels=8, norm_cfg=dict(type='BN', requires_grad=False)), ValueError, 'always train'),
 ])
