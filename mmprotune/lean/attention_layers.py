@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import functional
-from .base import LeanLayer, stand_in
+from .base import LeanLayer, is_hooked, stand_in
 from .graph import TORCH_BEFORE_2_3, builds_graph, check_frozen, is_recorded, wants_gradient
 from .int8 import scale_of
 from .precision import is_autocast
@@ -35,8 +35,10 @@ class MultiheadAttention(LeanLayer):
                 attn_mask: Tensor | None = None,
                 average_attn_weights: bool = True,
                 is_causal: bool = False):
+        # Where neither probabilities nor a graph are wanted, there is nothing to save.
         covered = (
-            (self.lean.drops_weights or not need_weights) and not is_recorded()
+            (self.lean.drops_weights if need_weights else builds_graph(query, key, value))
+            and not is_recorded()
             and key_padding_mask is None and attn_mask is None and not is_causal
             and self._qkv_same_embed_dim and self.bias_k is None and not self.add_zero_attn
             and not (self.training and self.dropout) and query.dim() == 3
@@ -51,7 +53,8 @@ class MultiheadAttention(LeanLayer):
         if same:
             qkv = functional.linear(query, self.in_proj_weight, self.in_proj_bias, self._owner(),
                                     self.lean.rounds, scale_of(self, 'in_proj_weight'))
-            mixed = self._attend(functional.packed_attention, qkv.transpose(0, 1), scale)
+            mixed = self._attend(
+                need_weights, functional.packed_attention, qkv.transpose(0, 1), scale)
         else:
             # In parts, as the stock layer does it, so that every bit is the same.
             weights = self.in_proj_weight.chunk(3)
@@ -59,21 +62,26 @@ class MultiheadAttention(LeanLayer):
                 self.in_proj_bias, scale_of(self, 'in_proj_weight')))
             projected = [functional.linear(t, w, b, fast=self.lean.rounds, scale=s).transpose(0, 1)
                          for t, w, b, s in zip((query, key, value), weights, biases, scales)]
-            mixed = self._attend(functional.attention, *projected, scale)
+            mixed = self._attend(need_weights, functional.attention, *projected, scale)
         mixed = mixed.transpose(0, 1)
         out = functional.linear(mixed, self.out_proj.weight, self.out_proj.bias,
                                 fast=self.lean.rounds, scale=scale_of(self.out_proj))
         return out.transpose(0, 1) if self.batch_first else out, None
 
-    def _attend(self, function, *args) -> Tensor:
+    def _attend(self, need_weights: bool, function, *args) -> Tensor:
         *projected, scale = args
-        if not self.lean.sdpa:
-            # The older stock layer divides its queries instead of multiplying them.
-            return function(*projected, self.num_heads, scale, divides=TORCH_BEFORE_2_3)
+        if self.lean.sdpa:
+            return self._fused(*projected)
+        if not need_weights:  # the stock layer takes the kernel, too
+            return functional.replayed(self._fused, *projected)
+        # The older stock layer divides its queries instead of multiplying them.
+        return function(*projected, self.num_heads, scale, divides=TORCH_BEFORE_2_3)
+
+    def _fused(self, *projected: Tensor) -> Tensor:
         if len(projected) == 1:
             projected = projected[0].chunk(3, dim=-1)
         q, k, v = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in projected)
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class _Calls(threading.local):
@@ -94,7 +102,7 @@ class WindowMSA(LeanLayer):
         if is_recorded():
             return super().forward(x, mask)
         rearrangement = _calls.rearrangements.pop(self, None)
-        if (self.training and self.attn_drop.p) or self._trains():
+        if self._trains() or not _is_alone(self, self.softmax):
             return super().forward(x, mask)
         if rearrangement is not None:
             query, windows = rearrangement
@@ -122,7 +130,7 @@ class BEiTAttention(LeanLayer):
     def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
         own = [p for p in (self.qkv.weight, getattr(self, 'q_bias', None),
                            getattr(self, 'v_bias', None)) if p is not None]
-        if is_recorded() or (self.training and self.attn_drop.p) or self._trains() or any(
+        if is_recorded() or self._trains() or not _is_alone(self) or any(
                 p.requires_grad for p in own) or self.qkv._forward_hooks:
             return _stock(self, x, *(() if rel_pos_bias is None else (rel_pos_bias, )))
         if self.bias == 'qv_bias':
@@ -147,8 +155,8 @@ class WindowMSAV2(LeanLayer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         position = [*self.cpb_mlp.parameters(), self.qkv.weight]
-        if is_recorded() or is_autocast(x.device.type) or self._trains() or (
-                self.training and self.attn_drop.p) or self.qkv._forward_hooks or any(
+        if is_recorded() or is_autocast(x.device.type) or self._trains() or not _is_alone(
+                self, self.softmax) or self.qkv._forward_hooks or any(
                     p.requires_grad for p in position):
             return _stock(self, x, mask)
         bias = None
@@ -166,6 +174,11 @@ class WindowMSAV2(LeanLayer):
             biases.append(mask.unsqueeze(1))
         y = functional.cosine_attention(qkv, self.num_heads, factors, biases)
         return self.proj_drop(self.proj(y))
+
+
+def _is_alone(layer: LeanLayer, *inside: nn.Module) -> bool:
+    """Whether nobody but the layer does anything to its probabilities: no dropout, no hooks."""
+    return not (layer.training and layer.attn_drop.p) and not is_hooked(layer.attn_drop, *inside)
 
 
 def _stock(layer: LeanLayer, x: Tensor, *args) -> Tensor:

@@ -53,6 +53,12 @@ class LeanLayer:
         return self.stock_class.forward(layer, x, *args, **kwargs)
 
 
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether somebody waits for the calls of one of these modules, or the gradients there."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
+               or m._backward_pre_hooks for m in modules)
+
+
 def stand_in(module: nn.Module, parameters: Mapping[str, Tensor], prefix: str = '') -> nn.Module:
     """A module that computes with other tensors in place of its parameters, or still with the same
     ones when the module has others. The module itself stays as it is meanwhile, for other threads.

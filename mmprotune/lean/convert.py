@@ -137,9 +137,10 @@ def store_weights(module: nn.Module,
     dry_run = DryRun(module if root is None else root, module)
     with _called(module) as called:
         ran, kept = dry_run.start() is not None, []
-    # These compute with the weights of their children, too.
-    foreign = {child for parent in module.modules() if isinstance(parent, nn.MultiheadAttention)
-               and not isinstance(parent, LeanLayer) for child in parent.modules()}
+    # These compute with the weights of their children, too; the encoder's only in inference.
+    foreign = {child for parent in module.modules() if isinstance(
+        parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+        and not isinstance(parent, LeanLayer) for child in parent.modules()}
     if dtype == 'int8' and ran:
         # Whoever reads a weight itself does not know of a scale; lean attention does.
         called.update(child for parent in module.modules() if isinstance(parent, ATTENTION)

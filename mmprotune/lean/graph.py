@@ -1,7 +1,6 @@
 """What lean functions share: when to build a graph, in which precision, where tensors come from."""
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 
 import torch
@@ -125,23 +124,61 @@ def unviewed(y: Tensor) -> Tensor:
 # --- where a tensor comes from ----------------------------------------------------------------
 
 
+class Unchanged:
+    """Frozen tensors that the backward pass reads again, and that are to be then what they are now.
+
+    Args:
+        weights (Iterable[Tensor | None]): The tensors.
+    """
+
+    def __init__(self, weights: Iterable[Tensor | None]) -> None:
+        self._noted = [(w, w._version) for w in weights if w is not None]
+
+    def __add__(self, other: Unchanged) -> Unchanged:
+        both = Unchanged(())
+        both._noted = self._noted + other._noted
+        return both
+
+    def check(self) -> None:
+        """As PyTorch does for tensors that are saved.
+
+        Raises:
+            FrozenLayerError: One was changed in place.
+        """
+        if any(w._version != version for w, version in self._noted):
+            raise FrozenLayerError(
+                'a weight of a frozen layer that the backward pass computes again was modified by '
+                'an inplace operation after the forward pass')
+
+
 class Replay:
     """Computes a tensor again, without a graph and in the precision of the first time.
 
     Args:
         compute (Callable): Takes the source, returns the tensor.
         precision (Precision): Of the first time.
+        weights (Unchanged): What it computes with.
     """
 
-    def __init__(self, compute: Callable[[Tensor], Tensor], precision: Precision) -> None:
-        self.compute, self.precision = compute, precision
+    def __init__(self, compute: Callable[[Tensor], Tensor], precision: Precision,
+                 weights: Unchanged) -> None:
+        self.compute, self.precision, self.weights = compute, precision, weights
 
     def __call__(self, source: Tensor) -> Tensor:
+        self.weights.check()
         with torch.no_grad(), self.precision():
             return self.compute(source)
 
 
-class Origin:
+class Note:
+    """Base of what is noted on a tensor. Whoever saves the tensor, or sends it, gets no more of it
+    than an empty set, which ``torch.load`` takes."""
+
+    def __reduce__(self):
+        return set, ()
+
+
+class Origin(Note):
     """Notes on a tensor what it can be computed from again, where that is kept anyway.
 
     A frozen LayerNorm keeps its input. It marks its output with that input, so that whoever needs
@@ -151,11 +188,13 @@ class Origin:
         source (Tensor): What is kept.
         result (Tensor): What is computed from it.
         compute (Callable): How.
+        weights (Iterable[Tensor | None]): With what. Defaults to ().
     """
 
-    def __init__(self, source: Tensor, result: Tensor, compute: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, source: Tensor, result: Tensor, compute: Callable[[Tensor], Tensor],
+                 weights: Iterable[Tensor | None] = ()) -> None:
         self.source = source.detach()
-        self.replay = Replay(compute, Precision(source.device))
+        self.replay = Replay(compute, Precision(source.device), Unchanged(weights))
         self._versions = source._version, result._version
         result._lean_origin = self
 
@@ -163,7 +202,7 @@ class Origin:
     def of(cls, result: Tensor) -> Origin | None:
         """The origin of a tensor; None where it has none or was changed in place since."""
         origin = getattr(result, '_lean_origin', None)
-        if origin is None or origin._versions != (origin.source._version, result._version):
+        if not origin or origin._versions != (origin.source._version, result._version):
             return None
         return origin
 
@@ -207,7 +246,7 @@ class Kept:
         return tensor if self._view is None else tensor.as_strided(*self._view)
 
 
-class Producer:
+class Producer(Note):
     """Notes on a tensor which frozen linear layer made it, and from what.
 
     An activation that needs its input in the backward pass may then keep the layer's smaller input
@@ -220,16 +259,20 @@ class Producer:
         input_gradient (Callable): Takes the gradient of its output, returns that of its input.
         flops (int): Multiplications of one application.
         owner (LeanState): The layer's.
+        weights (Iterable[Tensor | None]): What ``compute`` multiplies and adds.
     """
 
     def __init__(self, x: Tensor, result: Tensor, compute: Callable[[Tensor], Tensor],
-                 input_gradient: Callable[[Tensor], Tensor], flops: int, owner: LeanState) -> None:
+                 input_gradient: Callable[[Tensor], Tensor], flops: int, owner: LeanState,
+                 weights: Iterable[Tensor | None]) -> None:
         before = Producer.of(x)
         self.x, self.flops, self.owners = x, flops, (owner, )
+        self._weights = Unchanged(weights)
         self._computes, self._gradients = (compute, ), (input_gradient, )
         if before is not None and before.x.nbytes < x.nbytes:
             self.x, self.flops = before.x, before.flops + flops
             self.owners = (*before.owners, owner)
+            self._weights = before._weights + self._weights
             self._computes = (*before._computes, compute)
             self._gradients = (*before._gradients, input_gradient)
         self._precision = Precision(x.device)
@@ -238,25 +281,31 @@ class Producer:
 
     @classmethod
     def of(cls, result: Tensor) -> Producer | None:
-        """The producer of a tensor; None where it has none or was changed in place since, and where
-        somebody waits for the tensor's gradient, which is not computed if its producer is used."""
+        """The producer of a tensor; None where it has none, was changed in place since or detached,
+        and where somebody waits for the tensor's gradient, which is not computed if its producer is
+        used."""
         producer = getattr(result, '_lean_producer', None)
-        if producer is None or producer._versions != (producer.x._version, result._version):
+        if not producer or producer._versions != (producer.x._version, result._version):
             return None
-        return None if result._backward_hooks or result.retains_grad else producer
+        if result.is_leaf or result._backward_hooks or result.retains_grad:
+            return None
+        return producer
 
     def then(self, result: Tensor, compute: Callable[[Tensor], Tensor],
-             input_gradient: Callable[[Tensor], Tensor]) -> None:
+             input_gradient: Callable[[Tensor], Tensor],
+             weights: Iterable[Tensor | None]) -> None:
         """Notes on a tensor that it is what a norm makes of this one's result: the norm keeps the
         size, so that keeping its own input would save nothing, and has no product of its own.
 
         Args:
             result (Tensor): The norm's output.
-            compute, input_gradient (Callable): As of the layer.
+            compute, input_gradient, weights: As of the layer.
         """
-        result._lean_producer = other = copy.copy(self)
+        result._lean_producer = other = Producer.__new__(Producer)
+        vars(other).update(vars(self))
         other._computes = (*self._computes, compute)
         other._gradients = (*self._gradients, input_gradient)
+        other._weights = self._weights + Unchanged(weights)
         other._versions = self.x._version, result._version
 
     def tell(self, kept: Kept, result: Tensor) -> None:
@@ -274,7 +323,7 @@ class Producer:
                 x = layer(x)
             return x
 
-        return Replay(compute, self._precision)
+        return Replay(compute, self._precision, self._weights)
 
     def input_gradient(self) -> Callable[[Tensor], Tensor]:
         """From the gradient of the result to that of ``x``. Does not hold ``x``."""

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from . import functional
 from .base import LeanLayer
 from .functional import activations
-from .graph import FrozenLayerError, builds_graph
+from .graph import FrozenLayerError, Producer, builds_graph
 from .int8 import scale_of
 
 
 def _has_weight(module: nn.Module) -> bool:
-    """Whether the weight is a parameter of the module itself, not computed by a hook."""
-    return module._parameters.get('weight') is not None
+    """Whether the weight is a parameter of the module itself, not computed by a hook, and real."""
+    weight = module._parameters.get('weight')
+    return weight is not None and weight.is_floating_point()
 
 
 # --- layers with weights ----------------------------------------------------------------------
@@ -170,9 +171,15 @@ class Smooth(LeanLayer):
     act: activations.Smooth
 
     def forward(self, x: Tensor) -> Tensor:
-        if not builds_graph(x):
+        in_place = getattr(self, 'inplace', False)
+        # In place PyTorch keeps the input, too: a copy.
+        if not builds_graph(x) or (in_place and Producer.of(x) is None):
             return super().forward(x)
-        return functional.activation(x, self.act)
+        y = functional.activation(x, self.act)
+        if in_place:  # whoever else holds the input sees it, and it is no producer's any more
+            y = x.detach_().copy_(y)
+            del y._lean_producer
+        return y
 
 
 class GELU(Smooth):

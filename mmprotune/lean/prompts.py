@@ -42,7 +42,8 @@ def observed(prompts: nn.Module, saves: str) -> Iterator[dict]:
     """Sets what prompt blocks save, by a run of their network in a graph while this is open.
 
     'output' becomes 'bottleneck' for blocks whose prompt is not added, and for those whose prompted
-    feature the network changes in place.
+    feature the network changes in place; both become 'input' for blocks that change their hidden
+    map in place, or return it.
 
     Args:
         prompts (nn.Module): Holds the blocks.
@@ -60,7 +61,8 @@ def observed(prompts: nn.Module, saves: str) -> Iterator[dict]:
     for block in blocks:
         block.lean.observer = None
         sums = added.get(block)
-        if saves == 'output' and sums and all(y._version == version for y, version in sums):
+        if (saves == 'output' and block.lean.saves == 'bottleneck' and sums
+                and all(y._version == version for y, version in sums)):
             block.lean.saves = 'output'
 
 
@@ -95,6 +97,15 @@ def _first_convolution(block: nn.Module, feature: Tensor) -> str:
     return names[conv] if plain else ''
 
 
+def _reads_hidden(block: nn.Module, feature: Tensor) -> bool:
+    """Whether ``up`` leaves the hidden map as it is, and returns another one."""
+    with torch.no_grad():
+        hidden = block.down(feature)
+        version = hidden._version
+        prompt = block.up(hidden)
+    return hidden._version == version and prompt is not hidden
+
+
 # --- running a block --------------------------------------------------------------------------
 
 
@@ -121,6 +132,8 @@ def prompt_of(block: nn.Module, feature: Tensor) -> Tensor:
         return block(feature)
     if block.lean.observer is not None:
         block.lean.first = _first_convolution(block, feature)
+        if not _reads_hidden(block, feature):
+            block.lean.saves = 'input'
     if block.lean.saves == 'input':
         return CountedAs(block, partial(_again, block, lambda b, x: b.up(b.down(x))))(feature)
     # A convolution keeps its input only, which is all that could be kept.

@@ -23,6 +23,7 @@ class Planner:
     def __init__(self, module: nn.Module) -> None:
         self._layers = [m for m in module.modules() if isinstance(m, (Conv, Linear, *ATTENTION))]
         self._found: dict[tuple[LeanState, ...], tuple[int, int]] = {}
+        self._inputs: dict[tuple[LeanState, ...], list[tuple[Tensor, int]]] = {}
         self._work = 0
         self._handles: list[RemovableHandle] = []
         self.left = 0
@@ -51,9 +52,12 @@ class Planner:
     def _observe(self, producer: Producer, saved: int) -> None:
         bytes_, flops = self._found.get(producer.owners, (0, 0))
         self._found[producer.owners] = bytes_ + saved, flops + producer.flops
+        self._inputs.setdefault(producer.owners, []).append(
+            (producer.x.detach(), producer.x._version))
 
     def choose(self, budget: float) -> list[str]:
-        """Most bytes for a multiplication first.
+        """Most bytes for a multiplication first. Layers whose input the network changes in place
+        later are not applied again.
 
         Args:
             budget (float): See ``recompute`` of :class:`~mmprotune.lean.options.LeanOptions`.
@@ -65,7 +69,8 @@ class Planner:
         found = self._found
         for owners in sorted(found, key=lambda o: found[o][0] / found[o][1], reverse=True):
             saved, flops = found[owners]
-            if saved > 0 and used + flops <= budget * self._work:
+            stays = all(x._version == version for x, version in self._inputs[owners])
+            if stays and saved > 0 and used + flops <= budget * self._work:
                 used += flops
                 for owner in owners:
                     owner.recomputes = True

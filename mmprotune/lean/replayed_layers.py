@@ -1,7 +1,7 @@
 """Lean layers whose host's own operators, between frozen layers, the backward pass runs again."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from . import functional
 from .attention_layers import RotaryEmbedding
-from .base import LeanLayer, stand_in
+from .base import LeanLayer, is_hooked, stand_in
 from .graph import builds_graph
 from .int8 import scale_of
 from .layers import LayerNorm, Sigmoid, Smooth
@@ -46,8 +46,14 @@ def _is_pure(module: nn.Module) -> bool:
             isinstance(module, nn.Dropout) and not (module.training and module.p))
     changed = 'forward' in module.__dict__ or getattr(module, 'inplace', False)
     return known and not (
-        changed or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-        or module._backward_pre_hooks or any(p.requires_grad for p in module.parameters()))
+        changed or is_hooked(module) or any(p.requires_grad for p in module.parameters()))
+
+
+def _weights_of(*modules: nn.Module) -> Iterator[Tensor]:
+    """What these modules compute with."""
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()
 
 
 def _heads(qkv: Tensor, heads: int) -> Sequence[Tensor]:
@@ -98,7 +104,8 @@ class TimmAttention(Replayed):
                 return self._stock(x, *args, **kwargs)
             return super().forward(x, *args, **kwargs)
         y = functional.replayed(self._fixed()._mixed, *self._projected(x),
-                                extras=() if rope is None else (rope, ))
+                                extras=() if rope is None else (rope, ),
+                                weights=_weights_of(self.q_norm, self.k_norm))
         norm = getattr(self, 'norm', None)
         return self.proj_drop(self.proj(y if norm is None else norm(y)))
 
@@ -147,7 +154,7 @@ class RotaryAttention(Replayed):
         if not self._replays(x, self.attn_drop, *rope):
             return super().forward(x, patch_resolution)
         y = functional.replayed(partial(self._fixed()._prepared, patch_resolution), self.qkv(x),
-                                mix=partial(_mixed, x.dtype))
+                                weights=_weights_of(*rope), mix=partial(_mixed, x.dtype))
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
     def _prepared(self, size: int | Sequence[int], qkv: Tensor) -> Sequence[Tensor]:
@@ -170,8 +177,9 @@ class SAMAttention(Replayed):
         if not self._replays(x):
             return super().forward(x)
         size = x.shape[1:3]
+        tables = (self.rel_pos_h, self.rel_pos_w) if self.use_rel_pos else ()
         y = functional.replayed(partial(self._fixed()._prepared, size), self.qkv(x),
-                                mix=partial(_mixed_decomposed, size))
+                                weights=tables, mix=partial(_mixed_decomposed, size))
         return self.proj(y.transpose(1, 2).flatten(2).unflatten(1, size))
 
     def _prepared(self, size: Sequence[int], qkv: Tensor) -> Sequence[Tensor]:
@@ -205,7 +213,7 @@ class SwiGLU(Replayed):
     def forward(self, x: Tensor, identity: Tensor | None = None) -> Tensor:
         if not self._replays(x, self.norm):
             return super().forward(x, identity)
-        y = functional.replayed(self._fixed()._gated, self.w12(x))
+        y = functional.replayed(self._fixed()._gated, self.w12(x), weights=_weights_of(self.norm))
         y = self.dropout_layer(self.gamma2(self.w3(y)))
         if self.out_dims != self.embed_dims or not self.add_identity:
             return y
@@ -223,7 +231,8 @@ class TimmSwiGLU(Replayed):
     def forward(self, x: Tensor) -> Tensor:
         if not self._replays(x, self.act, self.drop1, self.norm):
             return super().forward(x)
-        y = functional.replayed(self._fixed()._gated, self.fc1_g(x), self.fc1_x(x))
+        y = functional.replayed(self._fixed()._gated, self.fc1_g(x), self.fc1_x(x),
+                                weights=_weights_of(self.norm))
         return self.drop2(self.fc2(y))
 
     def _gated(self, gate: Tensor, value: Tensor) -> Tensor:
@@ -238,7 +247,8 @@ class TimmGluMlp(Replayed):
     def forward(self, x: Tensor) -> Tensor:
         if not self._replays(x, self.act, self.drop1, self.norm):
             return super().forward(x)
-        return self.drop2(self.fc2(functional.replayed(self._fixed()._gated, self.fc1(x))))
+        y = functional.replayed(self._fixed()._gated, self.fc1(x), weights=_weights_of(self.norm))
+        return self.drop2(self.fc2(y))
 
     def _gated(self, hidden: Tensor) -> Tensor:
         a, b = hidden.chunk(2, dim=self.chunk_dim)

@@ -115,6 +115,25 @@ class InPlaceDown(Halves):
 
 
 @MODELS.register_module()
+class InPlaceUp(Halves):
+
+    def up(self, hidden):
+        return self.last(hidden.tanh_())
+
+
+@MODELS.register_module()
+class OnlyDown(Halves):
+    """As wide as the feature, and all of the prompt."""
+
+    def __init__(self, channels, zero_init=False):
+        super().__init__(channels)
+        self.first = self.last = nn.Conv2d(channels, channels, 1)
+
+    def up(self, hidden):
+        return hidden
+
+
+@MODELS.register_module()
 class WideDown(Halves):
 
     def __init__(self, channels, zero_init=False):

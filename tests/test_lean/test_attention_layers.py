@@ -103,3 +103,66 @@ def test_rotary_tables_stay_those_of_their_size():
         assert torch.equal(layer(x, size), stock(x, size))
     assert layer.patch_resolution == (4, 4)
     assert all(torch.equal(b, before[n]) for n, b in layer.named_buffers())
+
+
+def doubled(module, args, probabilities):
+    return 2 * probabilities
+
+
+@pytest.mark.parametrize('library', ['mmdet', 'mmpretrain', 'BEiT', 'Swin V2'])
+@pytest.mark.parametrize('child', ['softmax', 'attn_drop'])
+def test_hooks_see_the_probabilities(library, child):
+    """As tools that draw attention maps register them."""
+    from mmdet.models.backbones import swin
+    from mmpretrain.models.utils import attention
+    torch.manual_seed(0)
+    layer = {'mmdet': lambda: swin.WindowMSA(12, 3, (4, 6)),
+             'mmpretrain': lambda: attention.WindowMSA(12, (4, 6), 3),
+             'BEiT': lambda: attention.BEiTAttention(12, **BEIT, use_rel_pos_bias=True),
+             'Swin V2': lambda: attention.WindowMSAV2(12, (4, 6), 3)}[library]()
+    if not hasattr(layer, child):
+        pytest.skip('not a module')
+    stock = layer.requires_grad_(False)
+    layer = copy.deepcopy(stock)
+    assert '' in make_lean(layer, dict(rounds=False)).covered
+    x = torch.randn(2, 25 if library == 'BEiT' else 24, 12)
+    without = layer(x)
+    for net in (layer, stock):
+        net.get_submodule(child).register_forward_hook(doubled)
+    assert not torch.equal(layer(x), without)
+    for image in (x, x.clone().requires_grad_()):
+        assert torch.equal(layer(image), stock(image))
+
+
+@pytest.mark.parametrize('batch_first', [True, False])
+@pytest.mark.parametrize('to_itself', [True, False])
+def test_without_weights_the_stock_layers_own_kernel(batch_first, to_itself):
+    """As ``nn.TransformerEncoderLayer`` calls it: bitwise, with a graph and without."""
+    torch.manual_seed(0)
+    stock = torch.nn.MultiheadAttention(64, 4, batch_first=batch_first).eval().requires_grad_(False)
+    layer = copy.deepcopy(stock)
+    assert '' in make_lean(layer, dict(rounds=False)).covered
+    for grad in (True, False):
+        found = []
+        for net in (layer, stock):
+            x = torch.randn(4, 37, 64, generator=torch.Generator().manual_seed(1))
+            x.requires_grad_(grad)
+            other = x if to_itself else x.flip(1)
+            y, weights = net(x, other, other, need_weights=False)
+            assert weights is None
+            found.append([y.detach()])
+            if grad:
+                found[-1].append(torch.autograd.grad(y.sin().sum(), x)[0])
+        assert torch.equal(found[0][0], found[1][0])
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('version', ['WindowMSA', 'WindowMSAV2'])
+def test_no_windows(version):
+    from mmpretrain.models.utils import attention
+    layer = getattr(attention, version)(12, (4, 6), 3).requires_grad_(False)
+    assert '' in make_lean(layer, dict(rounds=False)).covered
+    x = torch.zeros(0, 24, 12, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmprotune.lean import functional as lean
-from mmprotune.lean import table
+from mmprotune.lean import make_lean, table
 from mmprotune.lean.base import LeanLayer
 from mmprotune.lean.functional import activations
 from mmprotune.lean.graph import LeanState
+from mmprotune.lean.layers import Smooth
 from mmprotune.lean.prompts import PromptState, prompt_of
 from mmprotune.models.prompts.prompt_block import PromptBlock
 
@@ -389,3 +390,98 @@ def test_layers_that_work_in_place(before, layer):
             table.swap(child, table.lean_type(child)).rounds = True
     shape = (3, 4, 25, 64) if isinstance(before, nn.Linear) else (3, 64, 10, 10)
     compare(own, stock, tensor(shape, dtype=torch.float32), lambda y: y, tolerance=1e-4)
+
+
+class Doubled(nn.Module):
+    """Reads again what an activation was given."""
+
+    def __init__(self, layer, act):
+        super().__init__()
+        self.layer, self.norm, self.act = layer, nn.BatchNorm2d(4), act
+
+    def forward(self, x):
+        y = self.norm(self.layer(x))
+        part = y[:, 1:]
+        return y + self.act(y) + part.sin().sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize('again', [False, True])
+@pytest.mark.parametrize('act', [nn.ReLU, nn.LeakyReLU, nn.Hardsigmoid, nn.Hardswish, nn.SiLU,
+                                 nn.Mish])
+def test_whoever_holds_what_is_changed_sees_it(act, again):
+    torch.manual_seed(0)
+    stock = Doubled(nn.Conv2d(3, 4, 1), act(inplace=True)).eval().requires_grad_(False)
+    own = copy.deepcopy(stock)
+    report = make_lean(own, dict(rounds=False, recompute=again))
+    assert bool(report.recomputed) == (again and isinstance(own.act, Smooth))
+    x = draw(2, 3, 6, 7, dtype=torch.float32)
+    found = []
+    for net in (own, stock):
+        leaf = x.clone().requires_grad_()
+        y = net(leaf)
+        found.append((y.detach(), torch.autograd.grad(y.sin().sum(), leaf)[0]))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+    with torch.no_grad():
+        assert torch.equal(own(x), found[0][0])
+
+
+# --- weights that are changed between the forward and the backward pass ------------------------
+
+
+def refuses(net, x, name):
+    """Whether a change of a tensor, before the backward pass, is refused there."""
+    net = copy.deepcopy(net)
+    y = net(x.clone().requires_grad_() * 1)
+    changed = {**dict(net.named_parameters()), **dict(net.named_buffers())}[name]
+    with torch.no_grad():
+        changed.mul_(3)
+    try:
+        y.sum().backward()
+    except RuntimeError as error:
+        return 'modified by an inplace operation' in str(error)
+    return False
+
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d(8), nn.Identity()])
+def test_layers_that_are_applied_again_refuse_other_weights(norm):
+    """Of the biases, too, which the backward pass of the stock network does not read."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.SiLU()).eval().requires_grad_(False)
+    assert make_lean(net, dict(rounds=False, recompute=True)).recomputed == ['0']
+    x = draw(2, 3, 6, 7, dtype=torch.float32)
+    names = {n for n, t in net.state_dict().items() if t.is_floating_point()}
+    assert {n for n in names if refuses(net, x, n)} == names
+
+
+class Called(nn.Module):
+    """A layer that takes further arguments."""
+
+    def __init__(self, layer, *args):
+        super().__init__()
+        self.layer, self.args = layer, args
+
+    def forward(self, x):
+        return self.layer(x, *self.args)
+
+
+# Further tensors that lie in between.
+INSIDE = {SAM: {'rel_pos_h', 'rel_pos_w'}, EVA02: {'rope.freqs_cos', 'rope.freqs_sin'},
+          'mmpretrain.models.utils.swiglu_ffn.SwiGLUFFN': set(),
+          'timm.layers.attention.Attention': set(), 'timm.layers.mlp.SwiGLU': set(),
+          'timm.layers.mlp.GluMlp': set(), 'mmdet.models.backbones.swin.WindowMSA': set(),
+          'mmseg.models.backbones.beit.BEiTAttention': set()}
+
+
+@pytest.mark.parametrize('path', INSIDE)
+def test_hosts_that_are_run_again_refuse_other_weights(path):
+    """Of their projections, and what else lies in between."""
+    torch.manual_seed(0)
+    layer, args, shapes = layer_of(path)
+    layer, stock = lean_layer(layer)
+    for child in layer.modules():
+        if isinstance(child, LeanLayer):
+            child.lean.recomputes = True
+    x = draw(*shapes[0])
+    for name in {n for n in stock.state_dict() if 'index' not in n}:
+        if name in INSIDE[path] or refuses(Called(stock, *args), x, f'layer.{name}'):
+            assert refuses(Called(layer, *args), x, f'layer.{name}'), name

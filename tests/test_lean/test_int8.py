@@ -199,6 +199,30 @@ def test_layers_that_stay_as_they_are_are_named():
     module(x)
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'int8'])
+def test_what_pytorchs_encoder_reads_itself_stays(dtype):
+    """Its way of inference calls none of its layers."""
+
+    class Encoder(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            self.patches = nn.Conv2d(3, 16, 8, 8)
+            self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(self.patches(x).flatten(2).transpose(1, 2))
+
+    net = Encoder().eval().requires_grad_(False)
+    make_lean(net)
+    kept = store_weights(net, dtype)
+    assert 'layer.linear1' in kept and 'patches' not in kept
+    x = torch.randn(2, 3, 32, 32)
+    expected = net(x.clone().requires_grad_())
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected.detach())
+
+
 def test_a_weight_that_two_layers_have():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))

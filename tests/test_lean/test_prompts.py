@@ -164,9 +164,9 @@ def test_a_stage_that_is_run_again_in_the_backward_pass(lean, reentrant):
 BLOCKS = dict(OneConvolution='output', ActiveDown='output', InPlaceDown='output',
               WideDown='output', GroupedDown='output', PaddedDown='output', NormedDown='output',
               SharedHalves='output', OwnForward=None, HalvesThatAreLayers=None, Drops='output',
-              DropsAbove='output', KeepsStatistics=None)
+              DropsAbove='output', KeepsStatistics=None, InPlaceUp='input', OnlyDown='input')
 # Those whose lower half is a convolution, whose gradients are taken as they are.
-CONVOLUTIONS = ('OneConvolution', 'WideDown', 'GroupedDown', 'DropsAbove')
+CONVOLUTIONS = ('OneConvolution', 'WideDown', 'GroupedDown', 'DropsAbove', 'InPlaceUp', 'OnlyDown')
 
 
 @pytest.mark.parametrize('name', BLOCKS)

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmprotune.lean import make_lean
 from mmprotune.lean.base import LeanLayer
@@ -124,6 +125,18 @@ def test_one_matrix_of_probabilities_at_a_time(name, monkeypatch):
         run(net, name, x) for net in (lean, stock, exact))
     assert torch.equal(y, expected)
     assert distance([gradient.double()], [reference]) < 2e-6
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_within_activation_checkpointing(name):
+    """Which hands out what is saved only once."""
+    gradients = []
+    for wrap in (lambda net, x: net(x), partial(checkpoint, use_reentrant=False)):
+        lean, _, _ = behind_a_norm(name)
+        x = draw(*LAYERS[name][1], dtype=torch.float32).requires_grad_()
+        wrap(lambda x: lean[1](lean[0](x), **LAYERS[name][2]), x).sin().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, pytest.param(

@@ -1,5 +1,6 @@
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -27,3 +28,11 @@ def test_a_convolution_with_its_own_forward_is_left_alone_and_reported():
     assert '1 ' in str(report) and 'ordinary modules keep' in str(report)
     x = images(1, 3, 16, 16)
     assert torch.equal(net(x), naive(x))
+
+
+@pytest.mark.parametrize('layer', [nn.Linear(4, 3, dtype=torch.complex64),
+                                   nn.Conv2d(4, 3, 1, dtype=torch.complex64)])
+def test_complex_layers_are_left_alone(layer):
+    """Their gradient takes the conjugate of the weight."""
+    net = nn.Sequential(layer).requires_grad_(False)
+    assert make_lean(net).covered == {}

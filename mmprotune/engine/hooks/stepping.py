@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -34,12 +35,13 @@ def before_step(optimizer: Optimizer,
         step = optimizer.step
 
         @functools.wraps(step)
-        def watched(*args, **kwargs):
+        def watched(optimizer, *args, **kwargs):
             for one in tuple(functions.values()):
                 one(optimizer, args, kwargs)
             return step(*args, **kwargs)
 
-        optimizer.step = watched
+        # A method, which schedulers that are made later take apart.
+        optimizer.step = types.MethodType(watched, optimizer)
     handle = RemovableHandle(functions)
     functions[handle.id] = function
     return handle

@@ -70,7 +70,7 @@ class _Attention:
         q = q.div_(1 / self.scale) if self.divides else q.mul_(self.scale)
         scores = torch.bmm(q, k.transpose(1, 2))
         if biases:
-            scores = scores.view(*shape, -1)
+            scores = scores.view(*shape, k.size(1))
             for bias in biases:
                 bias = _rows(bias, part, shape[0])
                 scores = scores.add_(bias) if scores.dtype == bias.dtype else scores + bias
@@ -132,14 +132,15 @@ class _CosineAttention(_Attention):
                       part: Part) -> tuple[Tensor, Tensor, Tensor]:
         shape = q[part].shape[:3]
         q, k = (F.normalize(_matrices(t[part]), dim=-1) for t in (q, k))
-        scores = torch.bmm(q, k.transpose(1, 2)).view(*shape, -1).mul_(self._factors(part))
+        scores = torch.bmm(q, k.transpose(1, 2)).view(*shape, k.size(1)).mul_(self._factors(part))
         for bias in biases:
             scores = scores.add_(_rows(bias, part, shape[0]))
         return scores.flatten(0, 1).softmax(dim=-1), q, k
 
     def gradients(self, scores: Tensor, queries: Tensor, keys: Tensor, q: Tensor, k: Tensor,
                   part: Part) -> tuple[Tensor, Tensor]:
-        scores = scores.view(*q[part].shape[:3], -1).mul(self._factors(part)).flatten(0, 1)
+        shape = *q[part].shape[:3], k.size(2)
+        scores = scores.view(shape).mul(self._factors(part)).flatten(0, 1)
         return (_through_normalize(torch.bmm(scores, keys), queries, q[part]),
                 _through_normalize(torch.bmm(scores.transpose(1, 2), queries), keys, k[part]))
 

@@ -195,5 +195,5 @@ def convolution(x: Tensor,
             x, y, lambda x: conv.apply(x, weight, bias, scale),
             lambda grad: conv.input_gradient(grad, weight, shape, memory_format, scale),
             flops=(x if conv.transposed else y).numel() * weight.numel() // weight.size(0),
-            owner=owner)
+            owner=owner, weights=(weight, bias, scale))
     return y

@@ -83,5 +83,5 @@ def linear(x: Tensor,
             x, y, lambda x: _linear(x, weight, bias, fast, scale),
             lambda grad: _linear_gradient(grad, weight, fast, scale),
             flops=y.numel() * weight.size(1),
-            owner=owner)
+            owner=owner, weights=(weight, bias, scale))
     return y

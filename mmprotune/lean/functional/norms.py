@@ -62,7 +62,7 @@ def batch_norm(x: Tensor,
     producer = Producer.of(x)
     if producer is not None:
         producer.then(y, lambda x: F.batch_norm(x, mean, var, weight, bias, False, 0., eps),
-                      lambda grad: _scaled(grad, var, weight, eps))
+                      lambda grad: _scaled(grad, var, weight, eps), (mean, var, weight, bias))
     return y
 
 
@@ -118,7 +118,8 @@ def layer_norm(x: Tensor,
     kept = Kept(x)
     source = kept.source
     y = _LayerNorm.apply(x, kept, tuple(shape), weight, bias, eps)
-    Origin(source, y, lambda source: F.layer_norm(kept(source), shape, weight, bias, eps))
+    Origin(source, y, lambda source: F.layer_norm(kept(source), shape, weight, bias, eps),
+           (weight, bias))
     return y
 
 

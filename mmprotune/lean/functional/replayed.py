@@ -1,13 +1,13 @@
 """The host's own operators between frozen layers, computed again in the backward pass."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..graph import Needed, builds_graph, once_differentiable, unviewed
+from ..graph import Needed, Unchanged, builds_graph, once_differentiable, unviewed
 from ..precision import Precision, without_autocast
 from .attention import parts
 
@@ -18,11 +18,13 @@ class _Host:
     Args:
         compute (Callable): See :func:`replayed`.
         mix (Callable, optional): See :func:`replayed`.
+        weights (Iterable[Tensor]): See :func:`replayed`.
     """
 
     def __init__(self, compute: Callable[..., Tensor | Sequence[Tensor]],
-                 mix: Callable[..., Tensor] | None) -> None:
-        self.compute, self.mix = compute, mix
+                 mix: Callable[..., Tensor] | None,
+                 weights: Iterable[Tensor] = ()) -> None:
+        self.compute, self.mix, self.weights = compute, mix, Unchanged(weights)
 
     def forward(self, tensors: Sequence[Tensor]) -> Tensor:
         if self.mix is None:
@@ -38,6 +40,7 @@ class _Host:
 
     def backward(self, grad: Tensor, values: Sequence[Tensor], extras: Sequence[Tensor],
                  precision: Precision) -> Sequence[Tensor]:
+        self.weights.check()
         leaves = [value.detach().requires_grad_() for value in values]
         with torch.enable_grad(), precision():
             result = self.compute(*leaves, *extras)
@@ -66,7 +69,8 @@ class _Replayed(Function):
     @once_differentiable
     def backward(ctx, grad):
         count = len(ctx.needed)
-        extras, saved = ctx.saved_tensors[:-count], ctx.saved_tensors[-count:]
+        tensors = ctx.saved_tensors  # activation checkpointing hands them out once
+        extras, saved = tensors[:-count], tensors[-count:]
         values = [n.value(tensor) for n, tensor in zip(ctx.needed, saved)]
         gradients = ctx.host.backward(grad, values, extras, ctx.precision)
         with without_autocast(grad):
@@ -77,6 +81,7 @@ class _Replayed(Function):
 def replayed(compute: Callable[..., Tensor | Sequence[Tensor]],
              *inputs: Tensor,
              extras: Sequence[Tensor] = (),
+             weights: Iterable[Tensor] = (),
              mix: Callable[..., Tensor] | None = None) -> Tensor:
     """What a host computes with nothing in it that trains.
 
@@ -89,6 +94,8 @@ def replayed(compute: Callable[..., Tensor | Sequence[Tensor]],
             Draws nothing, changes nothing in place.
         *inputs (Tensor): What gets a gradient.
         extras (Sequence[Tensor]): What gets none. Defaults to ().
+        weights (Iterable[Tensor]): Frozen tensors that ``compute`` has by itself, which nobody may
+            change before the backward pass. Defaults to ().
         mix (Callable, optional): What comes behind, of attention whose probabilities would take
             much memory: ``compute`` then returns several tensors of shape (B, heads, tokens, …),
             queries and keys first, and ``mix`` takes as many, of a part of the batch and the heads,
@@ -97,9 +104,9 @@ def replayed(compute: Callable[..., Tensor | Sequence[Tensor]],
     Returns:
         Tensor: What ``compute`` returned, or ``mix``.
     """
-    host = _Host(compute, mix)
     if not builds_graph(*inputs):
-        return host.forward([*inputs, *extras])
+        return _Host(compute, mix).forward([*inputs, *extras])
+    host = _Host(compute, mix, weights)
     needed = [Needed(t) for t in inputs]
     return _Replayed.apply(host, needed, tuple(extras), *(n.pop() for n in needed),
                            *(t.detach() for t in inputs))
