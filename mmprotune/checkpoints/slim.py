@@ -177,8 +177,9 @@ def _check_function(where: str, module: nn.Module, found: Tensor, own: Tensor,
     if prompted > tolerance:
         raise FunctionMismatch(
             f'{where}: the prompts in the checkpoint were trained to act in another way (outputs '
-            f'differ by {prompted:.2g} of their size): check prompt, stages and last_stage; here '
-            f'last_stage={module.last_stage!r}, stages={[s.path for s in module.stages]}')
+            f'differ by {prompted:.2g} of their size): check prompt, insert, stages, stem and '
+            f'last_stage; here last_stage={module.last_stage!r}, '
+            f'stages={[s.path for s in module.stages]}')
 
 
 def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
@@ -227,7 +228,7 @@ def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
         state_dict[prefix + FUNCTION] = module.frozen_function
         if prompted and not quiet:
             print_log(f'{where}: the checkpoint is of an older version, which did not note what '
-                      'the network computes: whether settings besides the weights (stages, '
+                      'the network computes: whether settings besides the weights (insert, stages, '
                       'last_stage, prompt, strides, …) are those of its training is not checked',
                       logger='current', level=logging.WARNING)
 
