@@ -85,7 +85,7 @@ def attach_prompts(owner: nn.Module) -> None:
     Args:
         owner (nn.Module): The prompted backbone.
     """
-    for stage in owner.stages:
+    for stage in reversed(owner.stages):  # each goes before those that are there
         module = owner.backbone.get_submodule(stage.path)
         if not _has_tap(owner, stage, module):
             with _ATTACHING:
