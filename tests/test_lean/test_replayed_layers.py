@@ -130,13 +130,16 @@ def test_one_matrix_of_probabilities_at_a_time(name, monkeypatch):
 @pytest.mark.parametrize('name', LAYERS)
 def test_within_activation_checkpointing(name):
     """Which hands out what is saved only once."""
-    gradients = []
-    for wrap in (lambda net, x: net(x), partial(checkpoint, use_reentrant=False)):
-        lean, _, _ = behind_a_norm(name)
-        x = draw(*LAYERS[name][1], dtype=torch.float32).requires_grad_()
-        wrap(lambda x: lean[1](lean[0](x), **LAYERS[name][2]), x).sin().sum().backward()
-        gradients.append(x.grad)
-    assert torch.equal(*gradients)
+    _, shape, kwargs, _ = LAYERS[name]
+    lean, _, _ = behind_a_norm(name)
+
+    def gradient(wrap):
+        x = draw(*shape, dtype=torch.float32).requires_grad_()
+        wrap(lambda x: lean[1](lean[0](x), **kwargs))(x).sin().sum().backward()
+        return x.grad
+
+    assert torch.equal(gradient(lambda net: net),
+                       gradient(lambda net: partial(checkpoint, net, use_reentrant=False)))
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, pytest.param(
