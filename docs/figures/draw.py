@@ -1,6 +1,6 @@
 """Draws the figures of the pages: ``python docs/figures/draw.py`` writes the SVG files beside it.
 
-They depend on this file, and the chart on docs/results/methods_camvid_r18.json, alone; a test
+They depend on this file, and the chart on docs/results/methods_camvid_r18_1200.json, alone; a test
 compares the files with what is drawn. Sizes are in pixels of the SVG's own frame.
 """
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / 'results' / 'methods_camvid_r18.json'
+RESULTS = HERE.parent / 'results' / 'methods_camvid_r18_1200.json'
 # Fill and line of what is frozen, of what trains, and of what is neither.
 FROZEN, TRAINS, PLAIN = ('#dce6f2', '#6b83a8'), ('#ffdcb3', '#d27a1e'), ('#f4f4f4', '#8a8a8a')
 INK, GRADIENT = '#2b2b2b', '#c0392b'
