@@ -182,6 +182,21 @@ def _check_function(where: str, module: nn.Module, found: Tensor, own: Tensor,
             f'stages={[s.path for s in module.stages]}')
 
 
+def _check_places(where: str, module: nn.Module, own: Mapping[str, Tensor]) -> None:
+    """Raises where prompts stand at places of another kind, which their names tell."""
+    came = {key.split('.')[1] for key in own if key.startswith('prompts.')} - {'stem'}
+    here = set(module.prompts) - {'stem'}
+    kinds = {name.rstrip('0123456789_') for name in came}
+    if not came or not here or kinds & {name.rstrip('0123456789_') for name in here}:
+        return
+    from mmprotune.models.insertion import INSERT  # models import this module
+    values = [repr(value) for value, kind in INSERT.items() if kind in kinds]
+    hint = f'; set insert={" or ".join(values)} in the config of the backbone' if values else ''
+    raise IncompleteCheckpoint(
+        f'{where}: the checkpoint has prompts at {listed(sorted(came))}, this model, with '
+        f'insert={module.insert!r}, at {listed(sorted(here))}{hint}')
+
+
 def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
                    quiet: bool = False) -> None:
     """Checks a state dict before a prompted backbone loads it; called by the backbone.
@@ -250,9 +265,10 @@ def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
                 f'fingerprint {short(module.frozen_fingerprint)}, got '
                 f'{short(own[FINGERPRINT].flatten())}; check backbone.init_cfg and '
                 'frozen_from')
-        if function is not None:
-            _check_function(where, module, function, module.frozen_function)
         wanted = {k: t for k, t in wanted.items() if k not in frozen}
+    _check_places(where, module, own)
+    if not full and function is not None:
+        _check_function(where, module, function, module.frozen_function)
     came = dict(own)
     if full:
         _prepare(where, module.backbone, own)

@@ -8,7 +8,7 @@ from mmengine.registry import MODELS as ROOT_MODELS
 
 from mmprotune.checkpoint import full_state_dict
 from mmprotune.checkpoints import slim
-from mmprotune.errors import FunctionMismatch
+from mmprotune.errors import FunctionMismatch, IncompleteCheckpoint
 from mmprotune.models.identity import difference, pack, summary
 from tests.conftest import RESNET18, build, wake
 from tests.test_models.test_insertion import SWIN
@@ -65,6 +65,20 @@ def test_a_network_that_computes_something_else_is_refused(backbone, first, seco
     twin = two(backbone, first, second)[0]
     for state_dict in (model.state_dict(), full_state_dict(model)):
         assert str(twin.load_state_dict(state_dict)) == '<All keys matched successfully>'
+
+
+@pytest.mark.parametrize(('there', 'here', 'message'), [
+    (dict(), dict(insert='narrow'),
+     r"prompts at stage1, .*model, with insert='narrow', at branch1, .*; set insert='stages' in"),
+    (dict(insert='branches', stem=True), dict(stem=True),
+     r"prompts at branch1, .*insert='stages', at stage1, .*; set insert='branches' or 'narrow' in"),
+    (dict(insert='outputs'), dict(insert='blocks'), r"at output0, .*; set insert='outputs' in"),
+])
+def test_prompts_of_other_places_are_refused(there, here, message):
+    a, b = prompted(**there), prompted(**here)
+    for state_dict in (a.state_dict(), full_state_dict(a)):
+        with pytest.raises(IncompleteCheckpoint, match=message):
+            b.load_state_dict(state_dict)
 
 
 @pytest.mark.parametrize('same', [
