@@ -44,14 +44,15 @@ def markdown(results: Sequence[dict], settings: dict, command: str) -> str:
                          for name in ('mmprotune', 'torch', *LIBRARIES))
     limits = (f'{settings["memory"]:g} GB of address space and {settings["seconds"]:g} s of '
               'processor time')
+    places = f' with `insert={settings["insert"]!r}`' if settings['insert'] else ''
     lines = [
         '# Stock configs', '',
         f'{summary(results)}. Written by `{command}` with {versions}, on a CPU.', '',
         'Every config that the libraries ship and that defines a model, as `tools/train.py '
-        f'--protune` runs it, with {limits} for each process. `host`: the stock model itself does '
-        'not load, build or compute its losses within these limits, or the prompted model fails '
-        'and the stock one cannot take a training step either. Checked of the others: the '
-        "prompted model builds, and takes a step on noise images with the config's optimizer; "
+        f'--protune` runs it{places}, with {limits} for each process. `host`: the stock model '
+        'itself does not load, build or compute its losses within these limits, or the prompted '
+        'model fails and the stock one cannot take a training step either. Checked of the others: '
+        "the prompted model builds, and takes a step on noise images with the config's optimizer; "
         "neither the model's own `init_weights()` nor the step moves a frozen tensor (SHA-256); "
         "every prompt parameter trains at the head's rate and gets a gradient, in a step on larger "
         'images where small ones leave some without. Images are small, batches of '

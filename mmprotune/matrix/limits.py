@@ -71,9 +71,10 @@ class _Job:
     """A run at work: its stock model, then the prompted one, a process each; where that one fails,
     a whole step of the stock model."""
 
-    def __init__(self, run: Run, limits: Limits) -> None:
+    def __init__(self, run: Run, limits: Limits, insert: str | None) -> None:
         self.run = run
         self.limits = limits
+        self.insert = insert
         self.folder = tempfile.TemporaryDirectory(prefix='config_matrix_')
         self.stock: dict | None = None
         self.failed: dict | None = None
@@ -108,7 +109,7 @@ class _Job:
                          else self._last_words())
         if self.stock is None and 'error' not in found:
             self.stock = found
-            self._start('prompted', check_prompted, found)
+            self._start('prompted', check_prompted, found, self.insert)
             return None
         if self.failed is None and self.stock and (found.get('error') or found.get('faults')):
             self.failed = found
@@ -139,13 +140,15 @@ class _Job:
                     seconds=seconds)
 
 
-def check_all(runs: Sequence[Run], jobs: int = 1, limits: Limits = Limits()) -> Iterator[dict]:
+def check_all(runs: Sequence[Run], jobs: int = 1, limits: Limits = Limits(),
+              insert: str | None = None) -> Iterator[dict]:
     """Checks runs, in forked processes, and yields results as they come.
 
     Args:
         runs (Sequence[Run]): The runs.
         jobs (int): Processes at a time. Defaults to 1.
         limits (Limits): What each may take. Defaults to ``Limits()``.
+        insert (str, optional): See :func:`~mmprotune.matrix.prompted.check_prompted`.
 
     Yields:
         dict: ``key`` and ``configs`` of the run; ``verdict``: 'pass', 'fail', or 'host' where the
@@ -164,7 +167,7 @@ def check_all(runs: Sequence[Run], jobs: int = 1, limits: Limits = Limits()) -> 
                     yield dict(key=run.key, configs=run.configs, verdict='host', file=NO_FILE,
                                reason=f'the config does not load: {run.error}', seconds=0)
                 else:
-                    active.append(_Job(run, limits))
+                    active.append(_Job(run, limits, insert))
             if active:
                 wait([job.process.sentinel for job in active], timeout=1)
             for job in list(active):

@@ -13,10 +13,11 @@ from . import LIBRARIES
 from .limits import Limits
 
 
-def settings(limits: Limits) -> dict:
-    """What results depend on: limits and versions. Results under others are not put together."""
+def settings(limits: Limits, insert: str | None = None) -> dict:
+    """What results depend on: limits, places of prompts and versions. Results under others are not
+    put together."""
     versions = {name: importlib.import_module(name).__version__ for name in LIBRARIES}
-    return dict(memory=limits.memory, seconds=limits.seconds, mmprotune=__version__,
+    return dict(memory=limits.memory, seconds=limits.seconds, insert=insert, mmprotune=__version__,
                 torch=torch.__version__, **versions)
 
 

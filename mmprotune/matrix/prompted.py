@@ -24,13 +24,14 @@ from .files import point
 from .stock import build, take_step
 
 
-def check_prompted(run: Run, folder: Path, stock: dict) -> dict:
+def check_prompted(run: Run, folder: Path, stock: dict, insert: str | None = None) -> dict:
     """Builds the prompted model as ``--protune`` does and holds it to its promises.
 
     Args:
         run (Run): The run.
         folder (Path): Holds the files of the stock model.
         stock (dict): What :func:`~mmprotune.matrix.stock.check_stock` returned.
+        insert (str, optional): Where prompts go. Defaults to None: where ``--protune`` puts them.
 
     Returns:
         dict: ``faults``: broken promises in words; ``prompts``: number of stages that have one;
@@ -38,6 +39,8 @@ def check_prompted(run: Run, folder: Path, stock: dict) -> dict:
     """
     cfg = runnable(run.cfg)
     options = point(cfg, run.cfg, folder)
+    if insert is not None:
+        options['insert'] = insert
     named = 'prompt' in json.dumps((cfg.optim_wrapper.get('paramwise_cfg') or {}), default=str)
     protune(cfg, **options)
     prepare_processes(cfg)

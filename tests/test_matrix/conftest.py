@@ -1,4 +1,6 @@
 """What the tests of the checks share."""
+from __future__ import annotations
+
 import resource
 from pathlib import Path
 
@@ -16,10 +18,10 @@ def held() -> float:
     return pages * resource.getpagesize() / 1e9
 
 
-def check(name: str, **limits) -> dict:
+def check(name: str, insert: str | None = None, **limits) -> dict:
     # Beside other tests this process has grown far beyond what the tool itself holds.
     limits.setdefault('memory', 9 + held())
-    result, = check_all(configs.runs_of([name]), limits=Limits(**limits))
+    result, = check_all(configs.runs_of([name]), limits=Limits(**limits), insert=insert)
     return result
 
 

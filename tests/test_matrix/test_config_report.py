@@ -2,8 +2,8 @@
 from mmprotune.matrix.config_report import markdown, summary
 from tests.test_matrix.conftest import result_of
 
-SETTINGS = dict(memory=9, seconds=180, mmprotune='1', torch='2+cpu', mmdet='3', mmseg='1',
-                mmpretrain='0')
+SETTINGS = dict(memory=9, seconds=180, insert=None, mmprotune='1', torch='2+cpu', mmdet='3',
+                mmseg='1', mmpretrain='0')
 
 
 def test_the_table():
@@ -18,7 +18,9 @@ def test_the_table():
                     '1 more do not run here')
     assert summary([]).startswith('0 of 0 configs whose stock model runs here pass: ')
     text = markdown(results, SETTINGS, 'make')
-    assert line in text and '9 GB of address space and 180 s of processor time' in text
+    assert line in text and '--protune` runs it, with 9 GB of address space and 180 s of' in text
+    narrow = markdown(results, dict(SETTINGS, insert='narrow'), 'make')
+    assert "--protune` runs it with `insert='narrow'`, with 9 GB" in narrow
     assert '| mmdet | 3 | 3 | 1 | 1 | 1 |' in text and '| mmseg | 2 | 1 | 2 | 0 | 0 |' in text
     assert '| mmdet::d.py | 1 | init_cfg | no / gradient |' in text
     assert '| mmseg::a.py | 2 | none | 64 | 4 | 1.5 | pass |' in text

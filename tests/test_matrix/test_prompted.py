@@ -89,3 +89,11 @@ def test_prompts_without_gradients_fail(monkeypatch):
     result = check(SMALL)
     assert result['verdict'] == 'fail'
     assert result['reason'].startswith('no gradient for 24 of 24 prompt parameters')
+
+
+def test_places():
+    # A Darknet has more residual branches than stages.
+    found = {insert: check(SMALL, insert) for insert in (None, 'stages', 'narrow')}
+    assert {insert: result['verdict'] for insert, result in found.items()} == {
+        None: 'pass', 'stages': 'pass', 'narrow': 'pass'}
+    assert found[None]['prompts'] == found['stages']['prompts'] == 4 < found['narrow']['prompts']

@@ -79,9 +79,10 @@ def shipped(tmp_path, monkeypatch):
 
 
 def test_a_command_that_was_cut_off_goes_on(shipped, tmp_path, monkeypatch, capsys):
-    checked = []
+    checked, places = [], []
 
-    def check_all(runs, jobs, limits):
+    def check_all(runs, jobs, limits, insert):
+        places.append(insert)
         for run in runs:
             checked.append(run.configs[0])
             yield dict(result_of('x'), key=run.key, configs=run.configs)
@@ -101,6 +102,10 @@ def test_a_command_that_was_cut_off_goes_on(shipped, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit):
         matrix.main(['--log', str(log), '--seconds', '7'])
     assert 'was begun with' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        matrix.main(['--log', str(log), '--insert', 'narrow'])
+    assert matrix.main(['--insert', 'narrow', '--out', str(table)]) == 0
+    assert places == [None, None, 'narrow'] and '--insert narrow --out' in table.read_text()
 
 
 @pytest.mark.parametrize('arguments, message', [

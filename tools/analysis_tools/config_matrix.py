@@ -29,6 +29,7 @@ from mmprotune.matrix.config_report import markdown, summary
 from mmprotune.matrix.configs import config_names, runs_of, sample
 from mmprotune.matrix.limits import Limits, check_all
 from mmprotune.matrix.log import Log, settings
+from mmprotune.models.insertion import INSERT
 
 
 def _duration(seconds: float) -> str:
@@ -49,6 +50,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--seconds', type=float, default=Limits.seconds,
                         help='processor time of one process, of which ten times as much may pass '
                         'by the clock (default: %(default)s)')
+    parser.add_argument('--insert', choices=INSERT,
+                        help='where prompts go (default: where --protune puts them)')
     parser.add_argument('--log', type=Path, metavar='FILE',
                         help='keep results there, as JSON lines, and go on with what it holds')
     parser.add_argument('--out', type=Path, help='write the table here (docs/configs.md)')
@@ -62,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f'--only: {args.only!r} matches none of the configs')
     args.limits = Limits(args.memory, args.seconds)
     try:
-        args.log = Log(args.log, settings(args.limits))
+        args.log = Log(args.log, settings(args.limits, args.insert))
     except (OSError, ValueError) as error:
         parser.error(f'--log: {error}')
     return args
@@ -81,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f'{sum(len(r.configs) for r in runs)} configs define a model, {len(runs)} of them a '
           f'different one; {len(runs) - len(left)} are done', flush=True)
     began = time.monotonic()
-    for done, result in enumerate(check_all(left, args.jobs, args.limits), start=1):
+    results = check_all(left, args.jobs, args.limits, args.insert)
+    for done, result in enumerate(results, start=1):
         args.log.add(result)
         to_go = (time.monotonic() - began) / done * (len(left) - done)
         print(f'[{done}/{len(left)}, {_duration(to_go)} to go] {result["configs"][0]}: '
@@ -93,9 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = '' if args.only == '*' else f" --only '{args.only}'"
         if args.sample is not None:
             chosen += f' --sample {args.sample} --seed {args.seed}'
+        if args.insert is not None:
+            chosen += f' --insert {args.insert}'
         command = f'python tools/analysis_tools/config_matrix.py{chosen} --out {args.out}'
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(markdown(results, settings(args.limits), command), encoding='utf-8')
+        args.out.write_text(markdown(results, settings(args.limits, args.insert), command),
+                            encoding='utf-8')
     return 0 if all(r['verdict'] != 'fail' for r in results) else 1
 
 
