@@ -18,6 +18,7 @@ model = dict(
         type='mmprotune.PromptedBackbone',
         backbone={{_base_.model.backbone}},
         pretrained={{_base_.model.pretrained}},
+        insert='auto',
         prompt=dict(type='mmprotune.PromptBlock')),
     decode_head=dict(num_classes=150),
     auxiliary_head=dict(num_classes=150))

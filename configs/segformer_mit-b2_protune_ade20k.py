@@ -6,6 +6,7 @@ model = dict(
         _delete_=True,
         type='mmprotune.PromptedBackbone',
         backbone={{_base_.model.backbone}},
+        insert='auto',
         prompt=dict(type='mmprotune.PromptBlock')))
 
 # The stock recipe trains the head at ten times the rate of the rest; so do prompts.

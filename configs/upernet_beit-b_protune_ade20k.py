@@ -21,6 +21,7 @@ model = dict(
                 type='Pretrained',
                 checkpoint='https://download.openmmlab.com/mmclassification/v0/beit/beit-base_3rdparty_in1k_20221114-c0a4df23.pth',
                 prefix='backbone.')),
+        insert='auto',
         prompt=dict(type='mmprotune.PromptBlock')))
 
 # The stock recipe lets the learning rate fall with the depth of the layer. Here the backbone is

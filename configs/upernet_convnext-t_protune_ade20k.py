@@ -6,6 +6,7 @@ model = dict(
         _delete_=True,
         type='mmprotune.PromptedBackbone',
         backbone={{_base_.model.backbone}},
+        insert='auto',
         prompt=dict(type='mmprotune.PromptBlock')))
 
 # The stock recipe lets the learning rate fall with the depth of the layer. Here the backbone is

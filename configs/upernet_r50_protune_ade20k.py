@@ -9,4 +9,5 @@ model = dict(
         type='mmprotune.PromptedBackbone',
         backbone={{_base_.model.backbone}},
         pretrained={{_base_.model.pretrained}},
+        insert='auto',
         prompt=dict(type='mmprotune.PromptBlock')))

@@ -6,4 +6,5 @@ model = dict(
         _delete_=True,
         type='mmprotune.PromptedBackbone',
         backbone={{_base_.model.backbone}},
+        insert='auto',
         prompt=dict(type='mmprotune.PromptBlock')))

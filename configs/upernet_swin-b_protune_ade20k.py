@@ -6,6 +6,7 @@ model = dict(
         _delete_=True,
         type='mmprotune.PromptedBackbone',
         backbone={{_base_.model.backbone}},
+        insert='auto',
         prompt=dict(type='mmprotune.PromptBlock')))
 
 # For eight processes with two images each.

@@ -22,6 +22,7 @@ model = dict(
                 type='Pretrained',
                 checkpoint='https://download.openmmlab.com/mmclassification/v0/vit/finetune/vit-base-p16_in21k-pre-3rdparty_ft-64xb64_in1k-384_20210928-98e8652b.pth',
                 prefix='backbone.')),
+        insert='auto',
         prompt=dict(type='mmprotune.PromptBlock')))
 
 # For eight processes with two images each.

@@ -6,6 +6,7 @@ model = dict(
         _delete_=True,
         type='mmprotune.PromptedBackbone',
         backbone={{_base_.model.backbone}},
+        insert='auto',
         prompt=dict(type='mmprotune.PromptBlock')))
 # Of the sweep in docs/results/classification.md: prompts, and the head alone, want ten times the rate of
 # full fine-tuning.

@@ -174,7 +174,7 @@ def test_an_own_folder_trains_as_the_page_says(tmp_path):
     assert meta['mmprotune']['backbones'].keys() == {'backbone'}
     cfg = cli.load_config(config)
     assert cfg.model.head.num_classes == cfg.data_preprocessor.num_classes == 3
-    assert cfg.optim_wrapper.optimizer.lr == 1e-2 and cfg.auto_scale_lr.base_batch_size == 64
+    assert cfg.optim_wrapper.optimizer.lr == 3e-3 and cfg.auto_scale_lr.base_batch_size == 64
 
 
 def test_an_own_long_tail_as_the_page_says(tmp_path):
@@ -278,14 +278,13 @@ def test_vit_reads_patches():
 
 
 def test_vit_reads_the_class_token():
-    """It gets no prompt itself, so the last stage has none: nothing would read it."""
+    """It gets no prompt itself, so the last block has none: nothing would read it."""
     cfg = load('protune', 'vit-t', 'dtd')
-    options = ('model.backbone.backbone.out_type=cls_token', 'model.backbone.last_stage=none')
-    readme = (CONFIGS / 'README.md').read_text()
-    assert all(option in readme for option in options)
-    cfg.merge_from_dict(dict(option.split('=') for option in options))
+    option = 'model.backbone.backbone.out_type=cls_token'
+    assert option in (CONFIGS / 'README.md').read_text()
+    cfg.merge_from_dict(dict([option.split('=')]))
     model = build(cfg).eval()
-    assert list(model.backbone.prompts) == ['stage1', 'stage2', 'stage3']
+    assert list(model.backbone.prompts) == [f'branch{i}' for i in range(1, 23)]
     assert min(gradients(model).values()) > 0
 
     caught = []
@@ -293,8 +292,8 @@ def test_vit_reads_the_class_token():
     feature, = model.extract_feat(torch.randn(2, 3, SIZE, SIZE))
     assert torch.equal(feature, caught[0][:, 0])
 
-    # Without the setting it is seen that a fourth one would never learn.
-    cfg.model.backbone.last_stage = 'residual'
+    # At stage ends it is seen as well that a fourth one would never learn.
+    cfg.model.backbone.insert = 'stages'
     found = gradients(build(cfg))
     assert list(found) == ['stage1', 'stage2', 'stage3'] and min(found.values()) > 0
 

@@ -119,7 +119,9 @@ def test_methods_differ_in_the_backbone_only():
             content['model'].pop('pretrained', None)
             if 'ImageClassifier' in content['model']['type']:  # each has the rate of its own sweep
                 rate = content['optim_wrapper']['optimizer'].pop('lr')
-                assert rate == (1e-3 if name == 'full' else 1e-2)
+                inner = backbone.get('backbone', backbone)['type']
+                prompts = 3e-3 if inner == 'ResNet' else 1e-2
+                assert rate == dict(full=1e-3, frozen=1e-2, protune=prompts)[name]
             prompted = name != 'full'
             assert (backbone['type'] == 'mmprotune.PromptedBackbone') == prompted
             if prompted:
@@ -132,6 +134,16 @@ def test_methods_differ_in_the_backbone_only():
             assert content == methods['protune']
             compared += 1
     assert compared > len(families)
+
+
+@all_configs
+def test_places(path, cfg):
+    """Of docs/results/methods.md: by the backbone's structure, but at stage ends in detectors."""
+    backbone = cfg.model.backbone
+    if backbone.type != 'mmprotune.PromptedBackbone' or '_shapes' in path.stem:
+        return
+    detects = cfg.default_scope == 'mmdet'
+    assert backbone.get('insert') == (None if detects else 'auto')
 
 
 def test_partners():

@@ -18,6 +18,7 @@ from mmprotune.config_nodes import type_name
 from mmprotune.engine import cli
 from mmprotune.engine.processes import prepare_processes
 from mmprotune.lean.memory import KeptBytes
+from mmprotune.models.insertion import find_places
 
 from .variants import COMPILED, TITLES, Variant, variant_cfg
 
@@ -26,7 +27,8 @@ def stage_finder(model: nn.Module) -> Callable[[str], str]:
     """From the dotted name of a module in any variant to the part of the model that it belongs to.
 
     Args:
-        model (nn.Module): A prompted variant, which knows where stages end.
+        model (nn.Module): A prompted variant. Where its prompts stand at other places than stage
+            ends, these are looked for.
 
     Returns:
         Callable: 'stage1', …, 'prompts', 'neck', or 'head' for what is no other part.
@@ -34,7 +36,8 @@ def stage_finder(model: nn.Module) -> Callable[[str], str]:
     backbone = model.backbone
     order = {path: i for i, (path, _) in enumerate(backbone.backbone.named_modules())}
     ends = {}  # by the last module inside the one that ends a stage
-    for stage in backbone.stages:
+    at_ends = backbone.insert == 'stages'
+    for stage in backbone.stages if at_ends else find_places(backbone.backbone)[0]:
         inside = [i for path, i in order.items() if f'{path}.'.startswith(f'{stage.path}.')]
         ends[max(inside)] = stage.name.partition('_')[0]
 

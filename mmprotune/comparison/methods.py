@@ -110,6 +110,7 @@ def apply_method(cfg: Config, method: Method) -> Config:
     options = copy.deepcopy(method.backbone)
     kind = options.pop('type')
     if type_name(kind) == 'PromptedBackbone':
+        options.setdefault('insert', 'stages')  # its own default, whatever the library
         if method.trains:
             names = parts_of(_bare_backbone(cfg), method.trains, method.name)
             options['trainable'] = [*options.get('trainable', ()), *map(re.escape, names)]

@@ -16,6 +16,9 @@ HOOKS = ('mmprotune.PromptCheckpointHook', 'mmprotune.FreezeGuardHook', 'mmprotu
 DETECTION_DECAY = ('LearningRateDecayOptimizerConstructor', 'LayerDecayOptimizerConstructor')
 CLASSIFICATION_DECAY = 'LearningRateDecayOptimWrapperConstructor'
 CONSTRUCTOR = 'mmprotune.PromptOptimWrapperConstructor'
+# Where prompts go in a library's models, by the measurements in docs/results/methods.md; elsewhere
+# PromptedBackbone's default: necks of detectors keep stage ends anyway, and do as well with them.
+INSERT = dict(mmseg='auto', mmpretrain='auto')
 
 
 def protune(cfg: Config, prompt_rates: dict | None = None, **options) -> Config:
@@ -25,7 +28,8 @@ def protune(cfg: Config, prompt_rates: dict | None = None, **options) -> Config:
     it), as long as there is one. Where a checkpoint of a whole model is to be trained on from
     (``load_from``, or the ``init_cfg`` of what holds the backbone), the backbone is frozen at that
     file's weights (``frozen_from``). Prompts get the head's rate, see
-    :func:`~mmprotune.engine.config.set_prompt_rates`.
+    :func:`~mmprotune.engine.config.set_prompt_rates`, and in the models of mmseg and mmpretrain
+    (``default_scope``) stand where ``insert='auto'`` says.
 
     Args:
         cfg (Config): Config of mmdet, mmseg or mmpretrain; changed in place.
@@ -56,6 +60,9 @@ def protune(cfg: Config, prompt_rates: dict | None = None, **options) -> Config:
         source = _whole_model_file(cfg, around)
         if source is not None:
             options.setdefault('frozen_from', source)
+        insert = INSERT.get(cfg.get('default_scope'))
+        if insert and options.get('last_stage', 'residual') == 'residual':
+            options.setdefault('insert', insert)
         owner['backbone'] = dict(
             type='mmprotune.PromptedBackbone',
             backbone=inner,

@@ -183,9 +183,7 @@ def _find(backbone: nn.Module, trace: Trace,
           insert: str) -> tuple[str, dict[str, dict[int | None, Layout]]]:
     """What ``insert`` comes to ('auto' is one of the others), and the places."""
     if insert == 'auto':
-        # Linear layers come with attention and MLPs, whose branches have not been compared.
-        found = {} if any(isinstance(backbone.get_submodule(path), nn.Linear)
-                          for path in trace.calls) else find_branches(backbone, trace, narrow=True)
+        found = find_branches(backbone, trace, narrow=True)
         return ('narrow', found) if found else _find(backbone, trace, 'stages')
     name = type(backbone).__name__
     if insert == 'stages':

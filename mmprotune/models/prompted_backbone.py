@@ -88,9 +88,10 @@ class PromptedBackbone(FrozenBackbone):
             end of every block; 'branches': inside every residual branch, before its addition;
             'narrow': inside every residual branch where its feature has fewest channels (behind the
             3x3 convolution of a ResNet bottleneck), else as 'branches'; 'outputs': on what the
-            backbone returns, so that nothing feeds back into it; 'auto': as 'narrow' in a network
-            of convolutions with residual branches, else as 'stages'. All but the first are this
-            package's. Defaults to 'stages'.
+            backbone returns, so that nothing feeds back into it; 'auto': as 'narrow' where there
+            are residual branches, else as 'stages'. All but the first are this package's. Defaults
+            to 'stages'; the shipped configs of segmentors and classifiers, and ``--protune`` with
+            theirs, say 'auto'.
         stem (bool): Whether a prompt stands behind the stem, too. Defaults to False.
         drop_path (bool): Whether the frozen layers' drop path drops branches in training, at the
             rates that the backbone's config gives it. Defaults to False: like their dropout, it

@@ -76,6 +76,13 @@ def test_every_method_trains_the_head_and_its_own(name, resnet18_file, vit_file)
         assert own and all(n.startswith('backbone.prompts.') for n in own)
 
 
+def test_a_file_without_places_means_those_of_the_class(resnet18_file, tmp_path):
+    """Not those that --protune has for the library."""
+    (tmp_path / 'mine.py').write_text("backbone = dict(type='mmprotune.PromptedBackbone')")
+    cfg = apply_method(classifier(RESNET18, resnet18_file), read_method('mine', tmp_path))
+    assert list(build(cfg.model).backbone.prompts) == ['stage1', 'stage2', 'stage3', 'stage4']
+
+
 def test_the_last_stage_of_a_plain_stack_is_its_last_quarter():
     names = parts_of(build(VIT), 'last_stage', 'partial1')
     assert {name.split('.')[1] for name in names if name.startswith('layers.')} == {

@@ -34,6 +34,18 @@ def test_a_stock_config_is_wrapped():
     assert cfg.to_dict() == before.to_dict()
 
 
+@pytest.mark.parametrize(('name', 'insert'), [
+    ('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', None),
+    ('mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py', 'auto'),
+    ('mmpretrain::resnet/resnet18_8xb16_cifar10.py', 'auto')])
+def test_places_by_library(name, insert):
+    cfg = get_config(name)
+    assert protune(copy.deepcopy(cfg)).model.backbone.get('insert') == insert
+    assert protune(copy.deepcopy(cfg), insert='blocks').model.backbone.insert == 'blocks'
+    # It is for prompts at stage ends.
+    assert 'insert' not in protune(cfg, last_stage='serial').model.backbone
+
+
 def test_a_segmentors_pretrained_moves_to_the_backbone():
     cfg = protune(get_config('mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py'))
     assert 'pretrained' not in cfg.model
