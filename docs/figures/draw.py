@@ -156,7 +156,7 @@ def prompts() -> Picture:
     picture.arrow((695, 82), (724, 82))
     picture.box(724, 54, 84, 56, 'next\nstage', FROZEN)
     picture.text(450, 74, 'starts as the frozen backbone: P(x) = 0', size=13)
-    picture.text(450, 198, 'one at each stage end (the default), in each branch, or on the outputs',
+    picture.text(450, 198, 'one at each stage end (as here), in each branch, or on the outputs',
                  size=13)
     return picture
 
