@@ -18,7 +18,6 @@ from mmprotune.config_nodes import type_name
 from mmprotune.engine import cli
 from mmprotune.engine.processes import prepare_processes
 from mmprotune.lean.memory import KeptBytes
-from mmprotune.models.insertion import find_places
 
 from .variants import COMPILED, TITLES, Variant, variant_cfg
 
@@ -27,8 +26,7 @@ def stage_finder(model: nn.Module) -> Callable[[str], str]:
     """From the dotted name of a module in any variant to the part of the model that it belongs to.
 
     Args:
-        model (nn.Module): A prompted variant. Where its prompts stand at other places than stage
-            ends, these are looked for.
+        model (nn.Module): A prompted variant with prompts at stage ends.
 
     Returns:
         Callable: 'stage1', …, 'prompts', 'neck', or 'head' for what is no other part.
@@ -36,8 +34,7 @@ def stage_finder(model: nn.Module) -> Callable[[str], str]:
     backbone = model.backbone
     order = {path: i for i, (path, _) in enumerate(backbone.backbone.named_modules())}
     ends = {}  # by the last module inside the one that ends a stage
-    at_ends = backbone.insert == 'stages'
-    for stage in backbone.stages if at_ends else find_places(backbone.backbone)[0]:
+    for stage in backbone.stages:
         inside = [i for path, i in order.items() if f'{path}.'.startswith(f'{stage.path}.')]
         ends[max(inside)] = stage.name.partition('_')[0]
 
@@ -160,7 +157,9 @@ def measure(config: str, args: argparse.Namespace) -> dict:
             if not args.data and owner and owner.get(key) is not None:
                 owner[key] = (args.size, args.size)
 
-    part = stage_finder(Variant(variant_cfg(cfg, 'naive'), 'naive', args).model)
+    at_ends = variant_cfg(cfg, 'naive')
+    at_ends.model.backbone.insert = 'stages'  # wherever the others have their prompts
+    part = stage_finder(Variant(at_ends, 'naive', args).model)
     variants = [Variant(variant_cfg(cfg, name, args.compile), name, args) for name in args.variants]
     for variant in (v for v in variants if v.lacks):
         print(f'{config}: {variant.lacks}, so no {TITLES[variant.name]}')

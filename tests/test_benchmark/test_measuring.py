@@ -1,16 +1,14 @@
 """Which part of a model kept bytes are counted for."""
-import pytest
 from torch import nn
 
 from mmprotune.benchmark.measuring import stage_finder
 from tests.conftest import RESNET18, build
 
 
-@pytest.mark.parametrize('insert', ['stages', 'narrow', 'outputs'])
-def test_parts_of_a_model(insert):
+def test_parts_of_a_model():
     model = nn.Module()
     model.backbone = build(dict(type='mmprotune.PromptedBackbone', backbone=RESNET18,
-                                freeze='all', lean=False, insert=insert))
+                                freeze='all', lean=False))
     part = stage_finder(model)
     names = {
         'backbone.backbone.conv1': 'stage1', 'backbone.backbone.layer1.1.relu': 'stage1',

@@ -39,9 +39,9 @@ def test_figures(measured):
         assert 0 < figures['inference_fastest'] <= figures['inference']
         # AdamW: two moments for each gradient, and a counter for each tensor.
         assert 0 < figures['optimizer_state'] - 2 * figures['gradients'] < 4096
-    # Prompts lie in the branches, and each branch is a part.
+    # Prompts lie in the branches; parts are counted by stages all the same.
     full, frozen, naive, lean = (
-        sum(n for part, n in f['kept'].items() if part.startswith('branch'))
+        sum(n for part, n in f['kept'].items() if part.startswith('stage'))
         for f in found.values())
     assert frozen == 0 and 0 < lean < 0.1 * naive and lean < 0.1 * full
     assert 'prompts' not in found['frozen']['kept'] and found['lean']['kept']['prompts'] > 0
