@@ -42,7 +42,9 @@ _in_graphs: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Call]] = \
 
 def current(owner: nn.Module) -> Call | None:
     """The innermost open call of a module on this thread."""
-    return next((call for of, call in reversed(getattr(_thread, 'calls', ())) if of is owner), None)
+    # torch.export runs a module through stand-ins, other objects with its very attributes.
+    return next((call for of, call in reversed(getattr(_thread, 'calls', ()))
+                 if of.__dict__ is owner.__dict__), None)
 
 
 @contextlib.contextmanager

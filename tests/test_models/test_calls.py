@@ -193,3 +193,17 @@ def test_layers_run_again_for_a_pass_without_prompts_have_none(layers):
     if layers == 'others':  # nothing tells for which of the two
         with pytest.raises(ValueError, match='graphs with prompts and without are alive'):
             both.backward()
+
+
+@pytest.mark.skipif(not hasattr(torch, 'export') or torch.__version__ < '2.6',
+                    reason='torch.export needs torch 2.6')
+def test_an_exported_model_knows_its_images():
+    """Exporting runs modules through stand-ins, which are other objects."""
+    model = prompted(dict(type='mmseg.MixVisionTransformer', embed_dims=8, num_layers=[1, 1, 1, 1],
+                          num_heads=[1, 1, 2, 2]), insert='branches', lean=False).eval()
+    wake(model)
+    net, x = nn.Sequential(model, nn.Identity()), torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        program = torch.export.export(net, (x, ), strict=False).module()
+        for expected, found in zip(net(x), program(x)):
+            torch.testing.assert_close(found, expected)
