@@ -182,7 +182,7 @@ def _check_function(where: str, module: nn.Module, found: Tensor, own: Tensor,
             f'stages={[s.path for s in module.stages]}')
 
 
-def _check_places(where: str, module: nn.Module, own: Mapping[str, Tensor]) -> None:
+def _check_places(where: str, module: nn.Module, own: Mapping[str, Tensor], prefix: str) -> None:
     """Raises where prompts stand at places of another kind, which their names tell."""
     came = {key.split('.')[1] for key in own if key.startswith('prompts.')} - {'stem'}
     here = set(module.prompts) - {'stem'}
@@ -191,7 +191,8 @@ def _check_places(where: str, module: nn.Module, own: Mapping[str, Tensor]) -> N
         return
     from mmprotune.models.insertion import INSERT  # models import this module
     values = [repr(value) for value, kind in INSERT.items() if kind in kinds]
-    hint = f'; set insert={" or ".join(values)} in the config of the backbone' if values else ''
+    key = f'model.{prefix}insert' if prefix else 'insert'
+    hint = f'; set {key}={" or ".join(values)}' if values else ''
     raise IncompleteCheckpoint(
         f'{where}: the checkpoint has prompts at {listed(sorted(came))}, this model, with '
         f'insert={module.insert!r}, at {listed(sorted(here))}{hint}')
@@ -266,7 +267,7 @@ def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
                 f'{short(own[FINGERPRINT].flatten())}; check backbone.init_cfg and '
                 'frozen_from')
         wanted = {k: t for k, t in wanted.items() if k not in frozen}
-    _check_places(where, module, own)
+    _check_places(where, module, own, prefix)
     if not full and function is not None:
         _check_function(where, module, function, module.frozen_function)
     came = dict(own)

@@ -69,16 +69,20 @@ def test_a_network_that_computes_something_else_is_refused(backbone, first, seco
 
 @pytest.mark.parametrize(('there', 'here', 'message'), [
     (dict(), dict(insert='narrow'),
-     r"prompts at stage1, .*model, with insert='narrow', at branch1, .*; set insert='stages' in"),
+     r"prompts at stage1, .*model, with insert='narrow', at branch1, .*; set insert='stages'$"),
     (dict(insert='branches', stem=True), dict(stem=True),
-     r"prompts at branch1, .*insert='stages', at stage1, .*; set insert='branches' or 'narrow' in"),
-    (dict(insert='outputs'), dict(insert='blocks'), r"at output0, .*; set insert='outputs' in"),
+     r"prompts at branch1, .*insert='stages', at stage1, .*; set insert='branches' or 'narrow'$"),
+    (dict(insert='outputs'), dict(insert='blocks'), r"at output0, .*; set insert='outputs'$"),
 ])
 def test_prompts_of_other_places_are_refused(there, here, message):
     a, b = prompted(**there), prompted(**here)
     for state_dict in (a.state_dict(), full_state_dict(a)):
         with pytest.raises(IncompleteCheckpoint, match=message):
             b.load_state_dict(state_dict)
+    # In a model the key is named from the top of the config.
+    with pytest.raises(IncompleteCheckpoint, match=r'; set model\.backbone\.insert='):
+        torch.nn.ModuleDict(dict(backbone=b)).load_state_dict(
+            {f'backbone.{key}': tensor for key, tensor in a.state_dict().items()})
 
 
 @pytest.mark.parametrize('same', [
