@@ -19,7 +19,8 @@ tool = load_tool('test_robustness.py')
 CONFIG = """
 _base_ = '{configs}/resnet50_protune_cifar10.py'
 model = dict(
-    backbone=dict(freeze='all', backbone=dict(depth=18, base_channels=8, init_cfg=None)),
+    backbone=dict(
+        freeze='all', insert='stages', backbone=dict(depth=18, base_channels=8, init_cfg=None)),
     head=dict(in_channels=64, num_classes=4))
 load = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 data = dict(type='CustomDataset', pipeline=load, _delete_=True)
