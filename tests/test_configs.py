@@ -119,9 +119,7 @@ def test_methods_differ_in_the_backbone_only():
             content['model'].pop('pretrained', None)
             if 'ImageClassifier' in content['model']['type']:  # each has the rate of its own sweep
                 rate = content['optim_wrapper']['optimizer'].pop('lr')
-                inner = backbone.get('backbone', backbone)['type']
-                prompts = 3e-3 if inner == 'ResNet' else 1e-2
-                assert rate == dict(full=1e-3, frozen=1e-2, protune=prompts)[name]
+                assert rate == dict(full=1e-3, frozen=1e-2, protune=3e-3)[name]
             prompted = name != 'full'
             assert (backbone['type'] == 'mmprotune.PromptedBackbone') == prompted
             if prompted:

@@ -39,7 +39,7 @@ RECIPES = {
     'upernet_convnext-*': (1e-4, 1e-6, 0., FLAT),
     '*_camvid': (5e-4, 1e-3, 0., ''),
     '*_cifar10': (1e-2, 1e-2, 0., FLAT),
-    'resnet*_protune_cifar10': (3e-3, 1e-2, 0., FLAT),
+    '*_protune_cifar10': (3e-3, 1e-2, 0., FLAT),
     '*_full_cifar10': (1e-3, 1e-2, 0., FLAT),
     'linear_*_cifar10': (1e-3, 1e-2, 0., FLAT),
 }
