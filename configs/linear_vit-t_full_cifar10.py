@@ -17,18 +17,9 @@ model = dict(
     neck=None,
     head=dict(in_channels=192))
 size = 96
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='RandomCrop', crop_size=32, padding=4),
-    dict(type='Resize', scale=size, interpolation='bicubic'),
-    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
-    dict(type='PackInputs')
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=size, interpolation='bicubic'),
-    dict(type='PackInputs')
-]
+resize = dict(type='Resize', scale=size, interpolation='bicubic')
+train_pipeline = [*_base_.train_pipeline[:2], resize, *_base_.train_pipeline[3:]]
+test_pipeline = [*_base_.test_pipeline[:1], resize, *_base_.test_pipeline[2:]]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
