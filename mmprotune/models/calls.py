@@ -42,9 +42,10 @@ _in_graphs: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Call]] = \
 
 def current(owner: nn.Module) -> Call | None:
     """The innermost open call of a module on this thread."""
-    # torch.export runs a module through stand-ins, other objects with its very attributes.
+    # torch.export runs a module through stand-ins, other objects with its very attributes. The
+    # module itself comes first: compilers of older PyTorch do not read `__dict__`.
     return next((call for of, call in reversed(getattr(_thread, 'calls', ()))
-                 if of.__dict__ is owner.__dict__), None)
+                 if of is owner or of.__dict__ is owner.__dict__), None)
 
 
 @contextlib.contextmanager

@@ -207,3 +207,14 @@ def test_an_exported_model_knows_its_images():
         program = torch.export.export(net, (x, ), strict=False).module()
         for expected, found in zip(net(x), program(x)):
             torch.testing.assert_close(found, expected)
+
+
+def test_finding_ones_own_call_reads_no_attributes():
+    """The compiler of PyTorch 2.10 cannot read a module's ``__dict__``: it gave up."""
+    class Owner:
+        __slots__ = ('__weakref__', )
+
+    owner, call = Owner(), calls.Call((32, 32))
+    with calls.opened(owner, call):
+        assert calls.current(owner) is call
+    assert calls.current(owner) is None
