@@ -152,6 +152,24 @@ def _prepare(where: str, backbone: nn.Module, own: dict[str, Tensor]) -> None:
     own.update((f'backbone.{key}', tensor) for key, tensor in inner.items())
 
 
+def _check_sizes(where: str, module: nn.Module, own: Mapping[str, Tensor], prefix: str) -> None:
+    """Raises where prompts of the same names have other shapes."""
+    other = [f'prompts.{name}: expected {tuple(tensor.shape)}, got {tuple(came.shape)}'
+             for name, tensor in module.prompts.state_dict().items()
+             if isinstance(came := own.get(f'prompts.{name}'), Tensor)
+             and came.shape != tensor.shape]
+    if other:
+        raise IncompleteCheckpoint(
+            f'{where}: the prompts in the checkpoint have other shapes: {listed(other)}; set '
+            f'{_key("prompt", prefix)} to what they were trained with (reduction, hidden, '
+            'kernel_size, …)')
+
+
+def _key(name: str, prefix: str) -> str:
+    """A key of the backbone, named from the top of the config."""
+    return f'model.{prefix}{name}' if prefix else name
+
+
 def _check_function(where: str, module: nn.Module, found: Tensor, own: Tensor,
                     frozen: Mapping[str, Tensor] | None = None) -> None:
     """Raises where a network of the same weights, or of those in ``frozen``, computes something
@@ -191,8 +209,7 @@ def _check_places(where: str, module: nn.Module, own: Mapping[str, Tensor], pref
         return
     from mmprotune.models.insertion import INSERT  # models import this module
     values = [repr(value) for value, kind in INSERT.items() if kind in kinds]
-    key = f'model.{prefix}insert' if prefix else 'insert'
-    hint = f'; set {key}={" or ".join(values)}' if values else ''
+    hint = f'; set {_key("insert", prefix)}={" or ".join(values)}' if values else ''
     raise IncompleteCheckpoint(
         f'{where}: the checkpoint has prompts at {listed(sorted(came))}, this model, with '
         f'insert={module.insert!r}, at {listed(sorted(here))}{hint}')
@@ -268,6 +285,7 @@ def check_incoming(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
                 'frozen_from')
         wanted = {k: t for k, t in wanted.items() if k not in frozen}
     _check_places(where, module, own, prefix)
+    _check_sizes(where, module, own, prefix)
     if not full and function is not None:
         _check_function(where, module, function, module.frozen_function)
     came = dict(own)

@@ -85,6 +85,18 @@ def test_prompts_of_other_places_are_refused(there, here, message):
             {f'backbone.{key}': tensor for key, tensor in a.state_dict().items()})
 
 
+def test_prompts_of_another_width_are_refused_by_their_shapes():
+    a, b = prompted(), prompted(prompt=dict(PROMPT, reduction=1))
+    for state_dict in (a.state_dict(), full_state_dict(a)):
+        with pytest.raises(IncompleteCheckpoint, match=(
+                r'have other shapes: prompts\.stage1\..*: expected \(8,.*, got \(2,.*; set prompt '
+                'to what they were trained with .reduction')):
+            b.load_state_dict(state_dict)
+    with pytest.raises(IncompleteCheckpoint, match=r'; set model\.backbone\.prompt to'):
+        torch.nn.ModuleDict(dict(backbone=b)).load_state_dict(
+            {f'backbone.{key}': tensor for key, tensor in a.state_dict().items()})
+
+
 @pytest.mark.parametrize('same', [
     (dict(), dict(prompt=dict(PROMPT, act_cfg=dict(type='GELU'), reduction=4))),
     (dict(), dict(stages=['layer1', 'layer2', 'layer3', 'layer4'])),
