@@ -19,9 +19,6 @@ model = dict(
         backbone={{_base_.model.backbone}},
         pretrained={{_base_.model.pretrained}},
         insert='auto',
-        # As wide as the bottlenecks' narrow maps, a ninth of the backbone (docs/results/methods.md);
-        # kept are their inputs alone, which is less than a quarter of the width keeps otherwise.
-        prompt=dict(type='mmprotune.PromptBlock', reduction=1),
-        lean=dict(prompts='input')),
+        prompt=dict(type='mmprotune.PromptBlock')),
     decode_head=dict(num_classes=150),
     auxiliary_head=dict(num_classes=150))
