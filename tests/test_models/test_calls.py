@@ -210,7 +210,7 @@ def test_an_exported_model_knows_its_images():
 
 
 def test_finding_ones_own_call_reads_no_attributes():
-    """The compiler of PyTorch 2.10 cannot read a module's ``__dict__``: it gave up."""
+    """The compiler of PyTorch 2.10 cannot read a module's ``__dict__``."""
     class Owner:
         __slots__ = ('__weakref__', )
 
