@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import os
 import os.path as osp
@@ -88,6 +89,9 @@ def run_tool(main: Callable[[], None]) -> int:
         return 1
     if is_distributed():
         torch_dist.destroy_process_group()
+        # The wrapped model, in a reference cycle with its hooks, keeps the group and its threads.
+        # One that lets go of a Python object while the interpreter ends, aborts the process.
+        gc.collect()
     return 0
 
 

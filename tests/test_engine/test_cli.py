@@ -8,12 +8,14 @@ import pkgutil
 import runpy
 import sys
 import types
+import weakref
 from urllib.error import URLError
 
 import pytest
 import torch
 from mmengine.config import Config
 from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 import mmprotune
 from mmprotune.engine import cli
@@ -179,6 +181,22 @@ def test_group_is_left_at_the_end(tmp_path):
         'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     assert cli.run_tool(lambda: None) == 0
     assert not distributed.is_initialized()
+
+
+def test_what_holds_the_group_goes_with_it(tmp_path):
+    """Its threads end with its last holder; one that is there when the interpreter ends, may abort
+    the process."""
+
+    def main() -> None:
+        distributed.init_process_group(
+            'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+        wrapper = DistributedDataParallel(torch.nn.Linear(1, 1))
+        wrapper.runner = [wrapper]  # a cycle, as a model, its hooks and the Runner are
+        holders.append(weakref.ref(wrapper))
+
+    holders = []
+    assert cli.run_tool(main) == 0
+    assert holders[0]() is None
 
 
 def test_types_of_inherited_configs_are_the_hosts(tmp_path):
