@@ -92,7 +92,8 @@ def find_places(backbone: nn.Module,
 
     Returns:
         tuple[list[Stage], Remarks, Trace]: The places in the order in which they run, remarks on
-        those that were left out (nothing reads them), and the dry run that found them.
+        those that were left out (nothing reads them, or they run more than once), and the dry run
+        that found them.
 
     Raises:
         StageError: A path does not exist or returns no feature map, or nothing is found; the
@@ -107,6 +108,10 @@ def find_places(backbone: nn.Module,
     if paths is not None:
         found = {path: trace.maps(path) for path in paths}
         for path in paths:
+            if path in trace.repeated:
+                raise StageError(f'stages: {path!r} of {name} runs more than once; modules that '
+                                 'run once and return a feature map: '
+                                 f'{_names(_candidates(trace))}')
             if not found[path]:
                 raise StageError(f'stages: {path!r} of {name} returns no feature map; '
                                  f'modules that do: {_names(_candidates(trace))}')
@@ -148,6 +153,9 @@ def find_places(backbone: nn.Module,
         if inside:
             remarks.append(f'no prompt at {inside} of the features that {name} returns: they are '
                            'further inside, in other tuples, lists or dicts')
+    repeated = _repeated(backbone, trace)
+    if paths is None and insert != 'outputs' and repeated:
+        remarks.append(f'no prompt in {_names(repeated)}: {name} runs them more than once')
     if unread:
         remarks.append(f'no prompt at {_names(unread)}: no output of {name} depends on it')
     return result, remarks, trace
@@ -207,6 +215,13 @@ def _find(backbone: nn.Module, trace: Trace,
     raise StageError(f'insert={insert!r}: {missing} in {name}; others are {others}, or name the '
                      f'places with stages=[…]; modules that return feature maps: '
                      f'{_names(_candidates(trace))}')
+
+
+def _repeated(backbone: nn.Module, trace: Trace) -> list[str]:
+    """The outermost modules that compute features with weights more than once."""
+    return [path for path, module in backbone.named_modules()
+            if path in trace.repeated and path.rpartition('.')[0] not in trace.repeated
+            and any(p.dim() > 1 for p in module.parameters())]
 
 
 def _candidates(trace: Trace) -> list[str]:

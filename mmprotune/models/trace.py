@@ -48,10 +48,12 @@ class _Call:
 @dataclass
 class Trace:
     """The calls of one dry run, by module path ('' is the backbone itself), and what the backbone
-    returned, in a graph that holds no tensors."""
+    returned, in a graph that holds no tensors. Modules that ran more than once are by themselves:
+    no prompt stands behind them."""
     shape: tuple[int, int, int]
     batch: int
     calls: dict[str, _Call]
+    repeated: set[str]
     outputs: list[Tensor] = field(repr=False)
 
     @property
@@ -201,9 +203,9 @@ def _record(backbone: nn.Module, shape: tuple[int, int, int]) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
-    for path in repeated:  # a module that runs twice ends no stage
-        del found[path]
-    return Trace(shape, BATCH, found, outputs)
+    calls = {path: call for path, call in found.items() if path not in repeated}
+    features = {path for path in repeated if found[path].layouts}
+    return Trace(shape, BATCH, calls, features, outputs)
 
 
 def read_features(backbone: nn.Module, trace: Trace,

@@ -261,6 +261,39 @@ def test_outputs_further_inside_are_named():
         find_places(net, insert='outputs')
 
 
+class Twice(nn.Module):
+    """Its second stage is one block that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        blocks = [nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)),
+                  nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))]
+        self.first, self.shared = map(Block, blocks)
+
+    def forward(self, x):
+        return self.shared(self.shared(self.first(x)))
+
+
+class Block(nn.Module):
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_modules_that_run_twice_are_named():
+    places, remarks, _ = find_places(Twice(), insert='blocks')
+    assert [place.path for place in places] == ['first']
+    assert remarks == ["no prompt in shared: Twice runs them more than once"]
+    with pytest.raises(StageError, match=r"'shared' of Twice runs more than once; .* first"):
+        find_places(Twice(), ['first', 'shared'])
+    # A shared activation is none of them.
+    assert not find_places(host(RESNET18), insert='blocks')[1]
+
+
 def test_by_hand_comes_before_auto():
     places, *_ = find_places(host(RESNET18), ['layer1'], insert='auto')
     assert [(place.name, place.path) for place in places] == [('stage1', 'layer1')]
