@@ -287,7 +287,7 @@ class Block(nn.Module):
 def test_modules_that_run_twice_are_named():
     places, remarks, _ = find_places(Twice(), insert='blocks')
     assert [place.path for place in places] == ['first']
-    assert remarks == ["no prompt in shared: Twice runs them more than once"]
+    assert remarks == ['no prompt in shared: Twice runs them more than once']
     with pytest.raises(StageError, match=r"'shared' of Twice runs more than once; .* first"):
         find_places(Twice(), ['first', 'shared'])
     # A shared activation is none of them.
