@@ -59,10 +59,12 @@ def cfg(path):
     return copy.deepcopy(parsed(path))
 
 
-def make_small(cfg) -> None:
-    """Small inputs and little sampling on a CPU; the layers stay as configured."""
+def make_small(cfg) -> bool:
+    """Small inputs and little sampling on a CPU; whether all layers stay as configured. Those that
+    have a parameter for each query or position do not."""
     few_samples(cfg.model.get('train_cfg'))
-    if 'num_queries' in cfg.model:  # picked among the tokens, and small images have few
+    same = 'num_queries' not in cfg.model
+    if not same:  # picked among the tokens, and small images have few
         cfg.model.num_queries = 20
     for owner, key in (
         (cfg.model.get('data_preprocessor'), 'size'),
@@ -72,10 +74,12 @@ def make_small(cfg) -> None:
     ):
         if owner and owner.get(key) is not None:
             owner[key] = (SIZE, SIZE)
+            same &= key != 'img_size'
     if cfg.optim_wrapper.get('type') == 'AmpOptimWrapper':
         cfg.optim_wrapper.type = 'OptimWrapper'
         for key in ('loss_scale', 'dtype'):
             cfg.optim_wrapper.pop(key, None)
+    return same
 
 
 def few_samples(node) -> None:
@@ -85,6 +89,15 @@ def few_samples(node) -> None:
             node['sampler']['num'] = 8
         for child in node.values():
             few_samples(child)
+
+
+@functools.cache
+def parameters_in_readme() -> dict[str, tuple[int, int]]:
+    """By config, those that train and all of them, as configs/README.md has it."""
+    rows = re.findall(r'^\| \[([\w-]+)\]\([\w.-]+\) \| ([\d,]+) \| ([\d,]+) \|',
+                      (ROOT / 'configs' / 'README.md').read_text(), flags=re.MULTILINE)
+    return {name: tuple(int(number.replace(',', '')) for number in numbers)
+            for name, *numbers in rows}
 
 
 @all_configs
@@ -187,7 +200,7 @@ def test_what_trains_with_these_options(options):
 @all_configs_to_train
 def test_one_step_changes_the_declared_parameters_only(path, cfg, tmp_path):
     cfg = without_pretrained(cfg)
-    make_small(cfg)
+    same_layers = make_small(cfg)
     cfg.launcher = 'none'
     cfg.work_dir = str(tmp_path)
     cfg.experiment_name = path.stem
@@ -214,6 +227,10 @@ def test_one_step_changes_the_declared_parameters_only(path, cfg, tmp_path):
         frozen_buffers = set()
 
     parameters = dict(model.named_parameters())
+    if same_layers and path in RECIPES:
+        assert parameters_in_readme()[path.stem] == (
+            sum(p.numel() for p in parameters.values() if p.requires_grad),
+            sum(p.numel() for p in parameters.values()))
     tensors = dict([*parameters.items(), *model.named_buffers()])
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     model.train()
