@@ -47,7 +47,7 @@ def trained(cfg: Config) -> set[str]:
 @pytest.mark.parametrize('name', NAMES)
 def test_every_method_trains_the_head_and_its_own(name, resnet18_file, vit_file):
     full = trained(classifier(RESNET18, resnet18_file))
-    on_vit = name in ('lora', )
+    on_vit = name in ('lora', 'qkv')
     cfg = classifier(*((VIT, vit_file) if on_vit else (RESNET18, resnet18_file)))
     names = trained(apply_method(cfg, read_method(name, FOLDER)))
     assert {'head.fc.weight', 'head.fc.bias'} <= names

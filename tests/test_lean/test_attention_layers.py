@@ -5,7 +5,16 @@ import torch
 
 from mmprotune.lean import make_lean
 from mmprotune.lean.memory import KeptBytes
-from tests.test_lean.networks import SMALL, distance, images, kept_by, outputs_of, prompted
+from tests.test_lean.networks import (
+    SMALL,
+    distance,
+    images,
+    kept_by,
+    ordinary,
+    outputs_of,
+    prompted,
+    step,
+)
 
 
 def test_attention_may_use_the_fused_kernel_or_stay_as_it_is():
@@ -132,6 +141,21 @@ def test_hooks_see_the_probabilities(library, child):
     assert not torch.equal(layer(x), without)
     for image in (x, x.clone().requires_grad_()):
         assert torch.equal(layer(image), stock(image))
+
+
+@pytest.mark.parametrize('backbone, stages', [
+    ('mmpretrain_vit', ['layers.*.attn.qkv', 'layers.*.ffn.layers']),
+    ('timm_vit', ['timm_model.blocks.*.attn.qkv', 'timm_model.blocks.*.mlp'])])
+def test_prompts_at_queries_keys_and_values(backbone, stages):
+    model = prompted(SMALL[backbone], stages=stages,
+                     prompt=dict(type='mmprotune.PromptBlock', reduction=16)).double()
+    x = images(2, 3, 96, 64, dtype=torch.float64)
+    outputs, gradients = step(model, x)
+    expected, exact = step(ordinary(model), x)
+    assert distance(outputs, expected) < 1e-12
+    assert len(gradients) == 1 + 6 * len(model.stages) and gradients.keys() == exact.keys()
+    assert all(distance([gradients[name]], [exact[name]]) < 1e-11 for name in gradients)
+    assert sum(kept_by(model, x).values()) < 0.8 * sum(kept_by(ordinary(model), x).values())
 
 
 @pytest.mark.parametrize('batch_first', [True, False])
