@@ -146,7 +146,7 @@ def find_places(backbone: nn.Module,
             result.append(Stage(own, path, index, layout))
     if not result:
         raise StageError(f'{"stages" if insert == "stages" else "insert"}: no output of {name} '
-                         f'depends on any place that was found: {_names(found)}')
+                         f'depends on any place that was found: {_names(found)}{_hidden(trace)}')
     if insert == 'outputs':
         features = [t for t in trace.outputs if describe(t, trace.image, trace.batch)]
         inside = len(features) - len(trace.maps(''))
@@ -157,7 +157,8 @@ def find_places(backbone: nn.Module,
     if paths is None and insert != 'outputs' and repeated:
         remarks.append(f'no prompt in {_names(repeated)}: {name} runs them more than once')
     if unread:
-        remarks.append(f'no prompt at {_names(unread)}: no output of {name} depends on it')
+        remarks.append(f'no prompt at {_names(unread)}: no output of {name} depends on it'
+                       f'{_hidden(trace)}')
     return result, remarks, trace
 
 
@@ -210,11 +211,19 @@ def _find(backbone: nn.Module, trace: Trace,
         return insert, found
     if insert == 'stages':
         raise StageError(f'stages: {missing} in {name}; name them with stages=[…]; modules that '
-                         f'return feature maps: {_names(_candidates(trace))}')
+                         f'return feature maps: {_names(_candidates(trace))}{_hidden(trace)}')
     others = ', '.join(repr(other) for other in INSERT if other not in (insert, 'auto'))
     raise StageError(f'insert={insert!r}: {missing} in {name}; others are {others}, or name the '
                      f'places with stages=[…]; modules that return feature maps: '
-                     f'{_names(_candidates(trace))}')
+                     f'{_names(_candidates(trace))}{_hidden(trace)}')
+
+
+def _hidden(trace: Trace) -> str:
+    """The end of a message, where the graph does not show what layers compute."""
+    if any(node.name().startswith('CheckpointFunction') for node in trace.graph.inputs):
+        return ('; layers run under reentrant activation checkpointing, which hides them: switch '
+                'it off, or call torch.utils.checkpoint with use_reentrant=False')
+    return ''
 
 
 def _repeated(backbone: nn.Module, trace: Trace) -> list[str]:
