@@ -141,14 +141,14 @@ def plot(rows: Sequence[dict], metric: str, file: Path) -> None:
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 4.5), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
-    for row in rows:
-        if row['mean'] is None or 'kept' not in row:
-            continue
+    known = [row for row in rows if row['mean'] is not None and 'kept' in row]
+    for place, row in enumerate(sorted(known, key=lambda row: row['mean'])):
         # Head only trains nothing there, which a logarithmic axis does not have.
         for axes, x in ((left, row['trained_backbone']), (right, row['kept'] / MIB)):
             axes.errorbar(x, row['mean'], yerr=row['sd'], fmt='o', capsize=3)
             axes.annotate(row['method'], (x, row['mean']), textcoords='offset points',
-                          xytext=(6, 4), fontsize=8)
+                          # Of methods that are level, one name above the other.
+                          xytext=(6, 4 if place % 2 else -11), fontsize=8)
     left.set_xscale('symlog', linthresh=1e3, linscale=0.5)
     left.set_xticks([0, *(10**i for i in range(3, 10))])
     most = max((row['trained_backbone'] for row in rows if 'kept' in row), default=1)
