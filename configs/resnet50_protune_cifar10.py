@@ -7,11 +7,6 @@ model = dict(
         type='mmprotune.PromptedBackbone',
         backbone={{_base_.model.backbone}},
         insert='auto',
-        # Twice the places of 'auto', which here are those of bn2: 1.6 points ahead of these in the
-        # mean of three seeds (docs/results/methods.md), for 5.6% of the backbone's parameters in
-        # place of 2.8%. Kept are the prompts' inputs alone.
-        stages=['layer*.*.bn1', 'layer*.*.bn2'],
-        prompt=dict(type='mmprotune.PromptBlock'),
-        lean=dict(prompts='input')))
+        prompt=dict(type='mmprotune.PromptBlock')))
 # Of the sweeps in docs/results/methods.md: the best of 1e-3, 3e-3 and 1e-2 for prompts at these places.
 optim_wrapper = dict(optimizer=dict(lr=3e-3))
